@@ -1,0 +1,28 @@
+/*
+ * Between the guest's init ("agent") and the host: a window of physical memory divided into slots, and a hypercall.
+ * emulator/agent.py is the other end and has the same numbers; a test compares them.
+ *
+ * A task of the guest owns one slot. It executes CPUID with eax = HYPERCALL_LEAF and ecx = its slot number, and so
+ * gives the slot to the host. eax on return says what to do:
+ *   OP_SLEEP  wait until the slot's futex word is not 0 (the host wakes the task), then make the hypercall again
+ *   OP_CALLS  make the slot's `ncalls` system calls in order, put their results beside them, make the hypercall again
+ * A call with number CALL_SPAWN makes a new task: clone3(a[0], a[1]) whose child enters the loop with slot a[2].
+ */
+#ifndef GUEST_PROTOCOL_H
+#define GUEST_PROTOCOL_H
+
+#define HYPERCALL_LEAF 0x46414b45u
+
+#define WINDOW_VIRTUAL 0x10000000000ul /* where the agent maps the window */
+#define SLOT_SIZE 0x10000ul
+#define SLOT_CALLS 64ul			/* offset of the calls */
+#define SLOT_MAX_CALLS 128ul
+#define SLOT_STACK_TOP 0x4000ul		/* the task's stack lies below, above the calls */
+#define SLOT_DATA 0x4000ul		/* buffers and paths, to the end of the slot */
+
+#define OP_SLEEP 0u
+#define OP_CALLS 1u
+
+#define CALL_SPAWN 0x10000l
+
+#endif

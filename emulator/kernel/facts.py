@@ -1,0 +1,70 @@
+"""The few addresses and offsets of a kernel that waking one of its tasks from outside needs.
+
+Looked up once per kernel in its symbols and BTF, and kept in the snapshot. See `emulator.agent` for their use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+
+from emulator.errors import EmulatorError
+from emulator.kernel.btf import Btf
+from emulator.kernel.kallsyms import Symbols
+
+_WORD = (1 << 64) - 1
+_WORK_ROOM = 128  # bytes the agent sets aside for one irq_work with the sleeper's task behind it
+
+
+@dataclass(frozen=True)
+class WakeFacts:
+    """Addresses are guest virtual unless named otherwise; offsets and sizes in bytes."""
+
+    current_task: int  # of the per-CPU word that points to the running task, from the per-CPU base
+    raised_list: int  # physical, of this CPU's list of raised irq_works
+    hrtimer_wakeup: int  # wakes the task of the hrtimer_sleeper it is given the timer of
+    direct_map: int  # virtual address of physical 0
+    work_flags: int  # in irq_work
+    work_func: int
+    sleeper_task: int  # in hrtimer_sleeper
+
+    def to_json(self) -> dict[str, int]:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object], ram_size: int) -> WakeFacts:
+        """Return what `to_json()` gave, checked. Raises EmulatorError."""
+        numbers = {}
+        for item in fields(cls):
+            value = values.get(item.name)
+            if type(value) is not int or not 0 <= value <= _WORD:
+                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
+            numbers[item.name] = value
+        facts = cls(**numbers)
+        if facts.raised_list > ram_size - 8 or max(facts.work_flags, facts.work_func, facts.sleeper_task) > _WORK_ROOM - 8:
+            raise EmulatorError("snapshot: the agent's facts are not of this version")
+        return facts
+
+
+def wake_facts(symbols: Symbols, btf: Btf, per_cpu_base: int, translate: Callable[[int], int], read_u64: Callable[[int], int]) -> WakeFacts:
+    """Look the facts up. `translate` maps guest virtual to physical, `read_u64` reads at a guest virtual address.
+
+    Raises EmulatorError naming what this kernel lacks.
+    """
+    try:
+        if "pcpu_hot" in symbols:  # 6.2 to 6.14
+            current = symbols["pcpu_hot"] + btf.offsetof("pcpu_hot", "current_task")
+        else:
+            current = symbols["current_task"]
+        return WakeFacts(
+            current_task=current,
+            raised_list=translate(symbols["raised_list"] + per_cpu_base & _WORD),
+            hrtimer_wakeup=symbols["hrtimer_wakeup"],
+            direct_map=read_u64(symbols["page_offset_base"]),
+            work_flags=btf.offsetof("irq_work", "node") + btf.offsetof("__call_single_node", "u_flags"),
+            work_func=btf.offsetof("irq_work", "func"),
+            sleeper_task=btf.offsetof("hrtimer_sleeper", "task"),
+        )
+    except KeyError as missing:
+        raise EmulatorError(f"this kernel has no {missing.args[0]}: it cannot be used; try another kernel") from None

@@ -1,0 +1,253 @@
+"""The PC: a CPU, memory and devices on a virtual clock, run until something needs the host.
+
+The machine knows no host time and never sleeps. `run()` comes back when the guest is idle (HLT), asks something of the
+host (hypercall), has used its slice, or when a watched descriptor is ready; what to do then is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from emulator.acpi import LAPIC_ADDRESS
+from emulator.cpu.interface import CPU, NS_PER_BLOCK, GuestDied, PortIO, Stop
+from emulator.devices.bus import PortBus
+from emulator.devices.lapic import Lapic
+from emulator.devices.pic8259 import PicPair
+from emulator.devices.pit8254 import Pit8254
+from emulator.devices.port61 import Port61
+from emulator.devices.rtc import Rtc
+from emulator.devices.uart8250 import Uart8250
+from emulator.errors import EmulatorError
+from emulator.memory import Memory
+
+# An interrupt that could not be delivered for this much virtual time means a loop with interrupts off (ns).
+INTERRUPTS_OFF_LIMIT = 4_000_000_000
+_CONSOLE_LINES = 4000
+_CONSOLE_LINE_MAX = 4096
+_MMIO_PAGE = 4096
+_MMIO_END = 1 << 32
+_KEYBOARD_RESET = 0xFE
+
+
+class _ResetPort:
+    """Port 0x64 without a keyboard controller: reads all ones; the reset pulse ends the machine."""
+
+    PORTS = (0x64,)
+
+    def port_read(self, port: int, size: int) -> int:
+        return 0xFF
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        if value == _KEYBOARD_RESET:
+            raise GuestDied("the guest asked for a reset")
+
+
+class Console:
+    """What the guest printed on its serial port, the last few thousand lines of it."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=_CONSOLE_LINES)
+        self.panic: str | None = None
+        self.on_line: Callable[[str], None] | None = None
+        self._partial = bytearray()
+
+    def put(self, byte: int) -> None:
+        """Take one byte from the UART."""
+        if byte == 0x0A or len(self._partial) >= _CONSOLE_LINE_MAX:
+            line = self._partial.decode("utf-8", "replace").rstrip("\r")
+            self._partial.clear()
+            self.lines.append(line)
+            if "Kernel panic - not syncing" in line and self.panic is None:
+                self.panic = line
+            if self.on_line:
+                self.on_line(line)
+        if byte != 0x0A:
+            self._partial.append(byte)
+
+    def text(self, lines: int | None = None) -> str:
+        """Return the last `lines` lines (all by default), with a newline behind each."""
+        chosen = list(self.lines)[-lines:] if lines else list(self.lines)
+        return "".join(line + "\n" for line in chosen)
+
+
+class Machine:
+    """A PC with `ram_size` bytes of RAM in `memory`, whose rest (if any) is a window the guest's kernel is not told of.
+
+    `cpu_factory` makes the CPU from what answers its port accesses. `epoch_ns` is the RTC's time at virtual time 0.
+    """
+
+    def __init__(
+        self, memory: Memory, ram_size: int, cpu_factory: Callable[[PortIO], CPU], *, epoch_ns: int = 0
+    ) -> None:
+        self.memory = memory
+        self.ram_size = ram_size
+        self.console = Console()
+        self.cpu = cpu_factory(self)
+        now = self._now
+        self.pic = PicPair()
+        self.pit = Pit8254(now, self.pic.line(0))
+        self.uart = Uart8250(self.console.put, self.pic.line(4))
+        self.rtc = Rtc(now, epoch_ns)
+        self.port61 = Port61(now, self.pit)
+        self.lapic = Lapic(now)
+        self.bus = PortBus((self.pic, self.pit, self.uart, self.rtc, self.port61, _ResetPort()))
+        self._deadline = 0
+        self._blocked_since: int | None = None
+        self.cpu.map_ram(0, memory.size, memory.host_address)
+        self.cpu.map_io(LAPIC_ADDRESS, _MMIO_PAGE, self._lapic_read, self._lapic_write)
+        for start, end in ((memory.size, LAPIC_ADDRESS), (LAPIC_ADDRESS + _MMIO_PAGE, _MMIO_END)):
+            self.cpu.map_io(start, end - start, _open_bus_read, _open_bus_write)
+
+    @property
+    def cpus(self) -> tuple[CPU, ...]:
+        """All CPUs, by number. One for now."""
+        return (self.cpu,)
+
+    def _now(self) -> int:
+        return self.cpu.now
+
+    # ---- devices
+
+    def port_read(self, port: int, size: int) -> int:
+        """Answer an IN of `size` bytes."""
+        return self.bus.read(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """Take an OUT of `size` bytes."""
+        self.bus.write(port, size, value)
+        self._events_changed()
+
+    def _lapic_read(self, offset: int, size: int) -> int:
+        return self.lapic.read(offset)
+
+    def _lapic_write(self, offset: int, size: int, value: int) -> None:
+        self.lapic.write(offset, value)
+        self._events_changed()
+
+    def _events_changed(self) -> None:
+        """A device was programmed during a run: the run must end in time for what it asked for."""
+        event = self.next_event()
+        if self.interrupt_pending():
+            self.cpu.shorten(self.cpu.now)
+        elif event is not None and event < self._deadline:
+            self.cpu.shorten(event)
+
+    def next_event(self) -> int | None:
+        """Return the virtual time of the next timer event, ns; None when no timer runs."""
+        events = [event for event in (self.pit.next_event(), self.lapic.next_event()) if event is not None]
+        return min(events, default=None)
+
+    def interrupt_pending(self) -> bool:
+        """Is there an interrupt the CPU would get if it took them?"""
+        return self.lapic.pending() is not None or (self.lapic.accepts_extint and self.pic.pending())
+
+    def advance(self) -> None:
+        """Let the devices do what is due at the CPU's present time."""
+        now = self.cpu.now
+        self.pit.advance(now)
+        self.lapic.advance(now)
+
+    def _acknowledge(self) -> int:
+        if self.lapic.pending() is not None:
+            return self.lapic.acknowledge()
+        return self.pic.acknowledge()
+
+    def post_interrupt(self, vector: int) -> None:
+        """Raise an interrupt of the local APIC's from outside, as an IPI to itself would."""
+        self.lapic.post(vector)
+
+    # ---- running
+
+    def run(self, until_ns: int) -> Stop:
+        """Run until virtual time `until_ns`, or HALTED with nothing pending, HYPERCALL, STOPPED or READY.
+
+        Raises GuestDied, with the last console lines, when the guest cannot go on.
+        """
+        try:
+            return self._run(until_ns)
+        except GuestDied as death:
+            raise self.obituary(death) from None
+
+    def _run(self, until_ns: int) -> Stop:
+        cpu = self.cpu
+        while True:
+            self.advance()
+            vector, window = None, False
+            if self.interrupt_pending():
+                if cpu.interruptible:
+                    vector = self._acknowledge()
+                    window = self.interrupt_pending()
+                    self._blocked_since = None
+                else:
+                    window = True
+                    self._check_interrupts_off()
+            event = self.next_event()
+            deadline = until_ns if event is None else min(event, until_ns)
+            self._deadline = max(deadline, cpu.now + NS_PER_BLOCK)
+            stop = cpu.run(self._deadline, vector=vector, window=window)
+            if stop is Stop.HALTED:
+                self.advance()
+                if not cpu.interruptible:
+                    raise GuestDied("the guest halted with interrupts off")
+                if not self.interrupt_pending():
+                    return stop
+            elif stop is Stop.DEADLINE:
+                if cpu.now >= until_ns:
+                    return stop
+            elif stop is not Stop.WINDOW:
+                return stop
+
+    def _check_interrupts_off(self) -> None:
+        now = self.cpu.now
+        if self._blocked_since is None:
+            self._blocked_since = now
+        elif now - self._blocked_since > INTERRUPTS_OFF_LIMIT:
+            where = self.cpu.read("rip")
+            raise GuestDied(f"the guest loops with interrupts off at {where:#x}")
+
+    def obituary(self, death: GuestDied) -> GuestDied:
+        """Return the error with the panic message, if there was one, and the last console lines."""
+        what = self.console.panic.strip() if self.console.panic else str(death)
+        tail = "".join(f"\n  | {line}" for line in list(self.console.lines)[-12:])
+        return GuestDied(what + tail)
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """Return the registers of all devices and the clock as JSON values."""
+        return {
+            "now": self.cpu.now,
+            **{name: getattr(self, name).state() for name in _DEVICES},
+        }
+
+    def load(self, state: Mapping[str, object], cpu_state: bytes) -> None:
+        """Restore what `state()` and `CPU.save()` gave. Raises EmulatorError when it is not of this version."""
+        now = state.get("now")
+        if set(state) != {"now", *_DEVICES} or type(now) is not int or now < 0:
+            raise EmulatorError("snapshot: the machine's state is not of this version")
+        self.cpu.load(cpu_state)
+        self.cpu.now = now
+        for name in _DEVICES:
+            device = state[name]
+            if not isinstance(device, Mapping):
+                raise EmulatorError(f"snapshot: the state of {name} is not of this version")
+            getattr(self, name).load(device)
+
+    def close(self) -> None:
+        """Free CPU and memory."""
+        self.cpu.close()
+        self.memory.close()
+
+
+_DEVICES = ("pic", "pit", "uart", "rtc", "port61", "lapic")
+
+
+def _open_bus_read(offset: int, size: int) -> int:
+    """Physical addresses nobody answers read all ones."""
+    return (1 << 8 * size) - 1
+
+
+def _open_bus_write(offset: int, size: int, value: int) -> None:
+    """And ignore what is written."""

@@ -1,0 +1,1 @@
+"""A guest kernel's tracefs as a directory on the host."""
