@@ -103,7 +103,7 @@ class Agent:
     # ---- slots
 
     def new_task(self) -> Task:
-        """Return a task with a free slot; the guest's task is still to be spawned. Raises EmulatorError when all are taken."""
+        """Return a task with a free slot, still to be spawned in the guest. Raises EmulatorError when all are taken."""
         if not self._free:
             raise EmulatorError(f"all {self.slots} slots of the guest's window are taken")
         task = Task(self._free.pop())
@@ -137,7 +137,7 @@ class Agent:
     # ---- requests
 
     def submit(self, task: Task, calls: Sequence[Call], on_done: Callable[[], None] | None = None) -> Request:
-        """Queue calls for a task: (number, up to six arguments) each, at most SLOT_MAX_CALLS. `step()` makes them happen."""
+        """Queue calls for a task, at most SLOT_MAX_CALLS of (number, up to six arguments). `step()` makes them."""
         if not 0 < len(calls) <= SLOT_MAX_CALLS:
             raise ValueError(f"1 to {SLOT_MAX_CALLS} calls")
         request = Request(calls, on_done)

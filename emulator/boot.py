@@ -70,9 +70,7 @@ def _identity_map() -> bytes:
     for gib in range(4):
         struct.pack_into("<Q", tables, PAGE + 8 * gib, _PAGE_TABLES + (2 + gib) * PAGE | present_writable_user)
         for index in range(512):
-            struct.pack_into(
-                "<Q", tables, (2 + gib) * PAGE + 8 * index, gib << 30 | index << 21 | large_accessed_dirty
-            )
+            struct.pack_into("<Q", tables, (2 + gib) * PAGE + 8 * index, gib << 30 | index << 21 | large_accessed_dirty)
     return bytes(tables)
 
 

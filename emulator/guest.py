@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emulator.agent import Agent
+from emulator.agent import Agent, Call
 from emulator.cpu.interface import CPU, GuestDied, PortIO, Stop
 from emulator.cpu.libunicorn import WANTED_VERSION
 from emulator.errors import EmulatorError
@@ -36,6 +35,7 @@ COMMAND_LINE = (
 _BOOT_LIMIT = 120_000_000_000  # ns of virtual time; a boot takes 0.7 s
 _SETTLE = 400_000_000  # ns of virtual time after init is ready, for what the kernel still does in the background
 _TYPICAL_BOOT = 700_000_000
+_STEP = 100_000_000
 _AGENT = Path(__file__).parent / "guest" / "agent"
 _BUSYBOX = Path("/bin/busybox")
 
@@ -86,6 +86,15 @@ class Guest:
         self.agent = agent
         self.release = release
         self.snapshot = snapshot
+        self.notes: object = None if snapshot is None else snapshot.manifest.get("notes")
+
+    def call(self, *calls: Call) -> list[int]:
+        """Have init make system calls, and wait; an idle guest's time jumps to its next timer. Raises GuestDied."""
+        request = self.agent.submit(self.agent.init, calls)
+        while not request.done:
+            if self.agent.step(self.machine.cpu.now + _STEP) is Stop.HALTED and not self.agent.busy:
+                _skip_idle(self.machine, self.machine.cpu.now + _STEP)
+        return request.results
 
     @cached_property
     def symbols(self) -> Symbols:
@@ -101,6 +110,10 @@ class Guest:
         self.machine.close()
 
 
+# Runs on a guest just booted; what it returns (JSON values) is kept in the snapshot, as `Guest.notes`.
+Prepare = Callable[["Guest"], object]
+
+
 def start(
     recipe: Recipe, cache: Path, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Guest:
@@ -109,20 +122,31 @@ def start(
     `progress` is called with a fraction during that boot; `say` with a line when a snapshot had to be thrown away.
     Raises EmulatorError when the kernel cannot be booted or the snapshot not be written.
     """
-    directory = cache / "snapshots" / recipe.key
+    return find(recipe, cache, say) or restore(make_snapshot(recipe, cache, progress))
+
+
+def find(recipe: Recipe, cache: Path, say: Callable[[str], None] | None = None) -> Guest | None:
+    """Return a guest from the snapshot of `recipe`; None when there is none that can be trusted."""
     try:
-        snapshot = open_snapshot(directory)
-        if snapshot is not None:
-            return restore(snapshot)
+        snapshot = open_snapshot(cache / "snapshots" / recipe.key)
+        return None if snapshot is None else restore(snapshot)
     except (DamagedSnapshot, KeyError, TypeError) as damage:
         if say:
             say(f"snapshot thrown away, booting again: {damage}")
+        return None
+
+
+def make_snapshot(
+    recipe: Recipe, cache: Path, progress: Progress | None = None, prepare: Prepare | None = None
+) -> Snapshot:
+    """Boot `recipe`, let `prepare` look at the guest, and write its snapshot under `cache`."""
     guest = boot(recipe, progress)
     try:
-        snapshot = _snapshot(guest, directory)
+        if prepare is not None:
+            guest.notes = prepare(guest)
+        return _snapshot(guest, cache / "snapshots" / recipe.key)
     finally:
         guest.close()
-    return restore(snapshot)
 
 
 def initramfs() -> bytes:
@@ -143,9 +167,7 @@ def initramfs() -> bytes:
     return archive.to_bytes()
 
 
-def boot(
-    recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable[[PortIO], CPU] = _native
-) -> Guest:
+def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable[[PortIO], CPU] = _native) -> Guest:
     """Boot a kernel until init is ready and asleep and the kernel has settled. Takes seconds; raises EmulatorError."""
     from emulator.boot import BootImage, load
     from emulator.kernel import kallsyms
@@ -167,12 +189,8 @@ def boot(
         def read_u64(virtual: int) -> int:
             return int.from_bytes(memory.read_virtual(virtual, 8, cr3), "little")
 
-        agent.attach(
-            lambda per_cpu: wake_facts(symbols, btf, per_cpu, lambda at: memory.translate(at, cr3), read_u64)
-        )
-        settled = machine.cpu.now + _SETTLE
-        while agent.step(settled) is not Stop.DEADLINE:
-            _skip_idle(machine, settled)
+        agent.attach(lambda per_cpu: wake_facts(symbols, btf, per_cpu, lambda at: memory.translate(at, cr3), read_u64))
+        _settle(machine, agent)
     except BaseException:
         machine.close()
         raise
@@ -203,12 +221,21 @@ def _skip_idle(machine: Machine, until_ns: int) -> None:
     machine.cpu.now = max(machine.cpu.now, until_ns if event is None else min(event, until_ns))
 
 
+def _settle(machine: Machine, agent: Agent) -> None:
+    """Let init fall asleep and the kernel finish what it does in the background."""
+    settled = machine.cpu.now + _SETTLE
+    while agent.step(settled) is not Stop.DEADLINE:
+        _skip_idle(machine, settled)
+
+
 def _snapshot(guest: Guest, directory: Path) -> Snapshot:
+    _settle(guest.machine, guest.agent)
     manifest = {
         "release": guest.release,
         "ram_size": guest.machine.ram_size,
         "machine": guest.machine.state(),
         "agent": guest.agent.state(),
+        "notes": guest.notes,
         "console": guest.machine.console.text()[-65536:],
     }
     return save(directory, guest.machine.memory, guest.machine.cpu.save(), guest.symbols.to_bytes(), manifest)
@@ -230,11 +257,3 @@ def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) 
         machine.close()
         raise
     return Guest(machine, agent, str(manifest["release"]), snapshot)
-
-
-def default_cache() -> Path:
-    """Return the directory snapshots and kernels are kept in: $FAKEFS_CACHE, or fakefs under the user's cache."""
-    if own := os.environ.get("FAKEFS_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fakefs"

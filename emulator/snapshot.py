@@ -21,7 +21,7 @@ from typing import Any
 from emulator.errors import EmulatorError
 from emulator.memory import Memory
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST_MAX = 1 << 20
 _FILES = ("ram", "cpu", "symbols")
 
@@ -61,9 +61,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(
-    directory: Path, memory: Memory, cpu_state: bytes, symbols: bytes, manifest: Mapping[str, Any]
-) -> Snapshot:
+def save(directory: Path, memory: Memory, cpu_state: bytes, symbols: bytes, manifest: Mapping[str, Any]) -> Snapshot:
     """Write a snapshot to `directory`, which appears complete or not at all; an older one there is replaced.
 
     Raises EmulatorError when the disk is full or not writable; nothing is left behind then.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The host thread a request comes from. `tid` is a host thread id; 0 when unknown (the request is then made by init)."""
+    """The host thread a request comes from: its host thread id, 0 when unknown (init then makes the request)."""
 
     tid: int
     uid: int
@@ -30,6 +30,7 @@ class Stat:
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    lasting: bool = False  # the name stays, and only requests through this mount change its attributes
 
 
 class Interrupt(Protocol):
@@ -49,12 +50,14 @@ class Files(Protocol):
     """The guest's files. Paths are absolute guest paths; every method raises OSError with the guest's errno."""
 
     async def stat(self, path: bytes) -> Stat: ...
-    async def list(self, caller: Caller, path: bytes) -> list[tuple[bytes, Stat]]: ...
+    async def entries(self, caller: Caller, path: bytes) -> list[tuple[bytes, Stat]]: ...
     async def open(self, caller: Caller, path: bytes, flags: int, mode: int = 0) -> OpenFile: ...
     async def read(self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt) -> bytes:
         """Read at most `size` bytes; `flags` are the descriptor's live open flags (O_NONBLOCK may have changed)."""
 
-    async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int: ...
+    async def write(
+        self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt
+    ) -> int: ...
     async def close(self, file: OpenFile) -> None: ...
     async def poll(self, caller: Caller, file: OpenFile, events: int, notify: Callable[[], None] | None) -> int:
         """Return the ready events of poll(2); when none is and `notify` is given, call it once when one becomes ready."""

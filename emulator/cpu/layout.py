@@ -215,6 +215,7 @@ def _check_running(engine: Engine, layout: Layout, code: int) -> None:
     callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int)(called)
     original = slot.value
     ctypes.memmove(code, b"\x90\xf4", 2)  # nop; hlt
+    engine.flush_translations()
     halted.value = 0
     try:
         slot.value = ctypes.cast(callback, ctypes.c_void_p).value

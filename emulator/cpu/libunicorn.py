@@ -23,7 +23,7 @@ MODE_64 = 1 << 3
 PROT_ALL = 7
 HOOK_INTR = 1
 HOOK_INSN = 2
-HOOK_CODE = 4
+HOOK_BLOCK = 8
 HOOK_MEM_UNMAPPED = 0x70
 HOOK_INSN_INVALID = 1 << 14
 INS_CPUID = 113
@@ -38,7 +38,7 @@ _CTL_TB_REMOVE_CACHE = 9
 _CTL_TB_FLUSH = 10
 _CTL_TLB_FLUSH = 11
 _CTL_TCG_BUFFER_SIZE = 13
-# Room for translations, bytes of address space; a full buffer is flushed and filled anew. Debian's kernel at work needs about 40 MiB.
+# Room for translations, bytes; a full buffer is flushed and filled anew. Debian's kernel at work needs about 40 MiB.
 _TCG_BUFFER = 96 << 20
 
 # uc_x86_reg numbers, by the names the manuals use.
@@ -48,7 +48,7 @@ REGISTERS = {
     "rflags": 253, "cs": 11, "ss": 49, "ds": 17, "es": 28, "fs": 32, "gs": 33, "fs_base": 250, "gs_base": 251,
     "cr0": 50, "cr2": 52, "cr3": 53, "cr4": 54, "dr0": 66, "dr1": 67, "dr2": 68, "dr3": 69, "dr6": 72, "dr7": 73,
 }  # fmt: skip
-_REG_GDTR = 243
+_TABLES = {"idtr": 242, "gdtr": 243, "tr": 245}
 _REG_MSR = 248
 
 
@@ -141,9 +141,7 @@ class Engine:
 
     def write(self, register: str, value: int) -> None:
         """Set a register. Writing CS or SS sets the selector alone, not the cached descriptor."""
-        self._check(
-            "reg_write", self.lib.uc_reg_write(self.handle, c_int(REGISTERS[register]), byref(c_uint64(value)))
-        )
+        self._check("reg_write", self.lib.uc_reg_write(self.handle, c_int(REGISTERS[register]), byref(c_uint64(value))))
 
     def read_msr(self, msr: int) -> int:
         """Return a model-specific register."""
@@ -155,10 +153,10 @@ class Engine:
         """Set a model-specific register."""
         self._check("reg_write", self.lib.uc_reg_write(self.handle, c_int(_REG_MSR), byref(_Msr(msr, value))))
 
-    def write_gdtr(self, base: int, limit: int) -> None:
-        """Set the GDT's guest virtual base and its limit (bytes - 1)."""
+    def write_table(self, register: str, base: int, limit: int) -> None:
+        """Set gdtr, idtr or tr: a guest virtual base and the limit (bytes - 1)."""
         table = _DescriptorTable(0, base, limit, 0)
-        self._check("reg_write", self.lib.uc_reg_write(self.handle, c_int(_REG_GDTR), byref(table)))
+        self._check("reg_write", self.lib.uc_reg_write(self.handle, c_int(_TABLES[register]), byref(table)))
 
     # ---- memory
 
@@ -198,9 +196,7 @@ class Engine:
 
     # ---- hooks
 
-    def hook(
-        self, kind: int, callback: Any, begin: int = 1, end: int = 0, instruction: int | None = None
-    ) -> c_size_t:
+    def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, instruction: int | None = None) -> c_size_t:
         """Add a hook; `callback` is a CFUNCTYPE object, kept alive here."""
         handle = c_size_t()
         extra = () if instruction is None else (c_int(instruction),)
@@ -228,9 +224,7 @@ class Engine:
 
     def start(self, begin: int, count: int = 0) -> int:
         """Run from guest virtual address `begin`; return uc_err (0 when it stopped of its own)."""
-        code: int = self.lib.uc_emu_start(
-            self.handle, c_uint64(begin), c_uint64(0), c_uint64(0), c_size_t(count)
-        )
+        code: int = self.lib.uc_emu_start(self.handle, c_uint64(begin), c_uint64(0), c_uint64(0), c_size_t(count))
         return code
 
     def stop(self) -> None:

@@ -7,40 +7,33 @@ Python is entered for port and MMIO accesses only. See native/core.h for the div
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from emulator.cpu import layout as layouts
 from emulator.cpu import libunicorn
 from emulator.cpu.interface import GuestDied, PortIO, Stop
-from emulator.cpu.libunicorn import Engine
+from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
 from emulator.errors import EmulatorError
 
-HYPERCALL_LEAF = 0x46414B45
-_CORE_MAX_FDS = 8
 _POLLIN = 1
-_MSR_KERNEL_GS_BASE = 0xC0000102
 _RFLAGS_IF = 0x200
 _HF_INHIBIT_IRQ = 8
-# CPUID bits: host randomness off (runs must be reproducible), local APIC, timer that never stops, constant TSC.
-_FEATURES_OFF = {"1.ecx": 1 << 30, "7.ebx": 1 << 18}
-_FEATURES_ON = {"1.edx": 1 << 9, "6.eax": 1 << 2, "80000007.edx": 1 << 8}
 
 
 class _PollFd(ctypes.Structure):
     _fields_ = (("fd", c_int), ("events", c_short), ("revents", c_short))
 
 
+_OFFSETS = (
+    "eip", "eflags", "hflags", "segs", "star", "lstar", "fmask", "tsc_aux", "cpu_halted", "cpu_interrupt_request",
+)  # fmt: skip
+
+
 class _LayoutOffsets(ctypes.Structure):
-    _fields_ = tuple(
-        (name, c_uint32)
-        for name in (
-            "eip", "eflags", "hflags", "segs", "star", "lstar", "fmask", "tsc_aux",
-            "cpu_halted", "cpu_interrupt_request",
-        )
-    )  # fmt: skip
+    _fields_ = tuple((name, c_uint32) for name in _OFFSETS)
 
 
 class _Core(ctypes.Structure):
@@ -70,7 +63,7 @@ class _Core(ctypes.Structure):
         ("reason", c_int32),
         ("error", c_int32),
         ("nfds", c_int32),
-        ("fds", _PollFd * _CORE_MAX_FDS),
+        ("fds", _PollFd * MAX_WATCHED),
         ("exceptions", c_uint64),
         ("syscalls", c_uint64),
         ("interrupts", c_uint64),
@@ -96,27 +89,23 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-class NativeCPU:
-    """A CPU of the machine (see `interface.CPU`). One per process for now: QEMU's interrupt routine has no user data."""
+class NativeCPU(UnicornCPU):
+    """A CPU of the machine (see `interface.CPU`). One a process for now: QEMU's interrupt routine has no user data."""
 
     def __init__(self, ports: PortIO, index: int = 0) -> None:
-        self.index = index
-        self.fault: BaseException | None = None
-        self.engine = Engine()
+        super().__init__(ports, index)
         self.layout = layouts.find(self.engine)
-        self._ports = ports
         self._lib = _library()
         self._core = self._attach()
         self.engine.hook_ports(self._port_read, self._port_write)
-        for name, bits in _FEATURES_ON.items():
+        for name, bits in FEATURES_ON.items():
             ctypes.c_uint64.from_address(self.layout.feature_word(name)).value |= bits
-        for name, bits in _FEATURES_OFF.items():
+        for name, bits in FEATURES_OFF.items():
             ctypes.c_uint64.from_address(self.layout.feature_word(name)).value &= ~bits
         self._eflags = c_uint32.from_address(self.layout.env + self.layout.eflags)
         self._hflags = c_uint32.from_address(self.layout.env + self.layout.hflags)
         self._general = {
-            name: c_uint64.from_address(self.layout.env + 8 * number)
-            for number, name in enumerate(layouts.REGS)
+            name: c_uint64.from_address(self.layout.env + 8 * number) for number, name in enumerate(layouts.REGS)
         }
         self._general["rip"] = c_uint64.from_address(self.layout.env + self.layout.eip)
 
@@ -133,7 +122,7 @@ class NativeCPU:
             ("write_eflags", "helper_write_eflags_x86_64"),
         ):
             setattr(core, member, libunicorn.address(symbol))
-        for name, _ in _LayoutOffsets._fields_:
+        for name in _OFFSETS:
             setattr(core.at, name, getattr(at, name))
         core.hypercall_leaf = HYPERCALL_LEAF
         error = self._lib.core_attach(core)
@@ -164,9 +153,7 @@ class NativeCPU:
         core.vector = -1 if vector is None else vector
         core.window = window
         reason = Stop(self._lib.core_run(core))
-        if self.fault is not None:
-            fault, self.fault = self.fault, None
-            raise fault
+        self._raise_fault()
         if reason is Stop.DEAD:
             detail = self.engine.lib.uc_strerror(core.error).decode() if core.error else "triple fault"
             raise GuestDied(f"the guest's CPU stopped at {self.read('rip'):#x}: {detail}")
@@ -179,8 +166,8 @@ class NativeCPU:
         self._core.stop_word = 1
 
     def watch(self, fds: Sequence[int]) -> None:
-        if len(fds) > _CORE_MAX_FDS:
-            raise ValueError(f"at most {_CORE_MAX_FDS} descriptors can be watched")
+        if len(fds) > MAX_WATCHED:
+            raise ValueError(f"at most {MAX_WATCHED} descriptors can be watched")
         for slot, fd in enumerate(fds):
             self._core.fds[slot] = _PollFd(fd, _POLLIN, 0)
         self._core.nfds = len(fds)
@@ -192,33 +179,11 @@ class NativeCPU:
             name: getattr(self._core, name) for name in ("exceptions", "syscalls", "interrupts", "hypercalls", "runs")
         }
 
-    def _port_read(self, port: int, size: int) -> int:
-        try:
-            return self._ports.port_read(port, size)
-        except BaseException as error:
-            self._fail(error)
-            return (1 << 8 * size) - 1
-
-    def _port_write(self, port: int, size: int, value: int) -> None:
-        try:
-            self._ports.port_write(port, size, value)
-        except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """Keep what a callback raised for run() to raise: an exception cannot pass through C."""
-        self.fault = self.fault or error
-        self.engine.stop()
-
     # ---- state
 
     def read(self, register: str) -> int:
         known = self._general.get(register)
-        if known is not None:
-            return known.value
-        if register == "kernel_gs_base":
-            return self.engine.read_msr(_MSR_KERNEL_GS_BASE)
-        return self.engine.read(register)
+        return super().read(register) if known is None else known.value
 
     def write(self, register: str, value: int) -> None:
         known = self._general.get(register)
@@ -228,7 +193,7 @@ class NativeCPU:
             known.value = value
 
     def start_at(self, entry: int, registers: dict[str, int], gdt: tuple[int, int], code: int, data: int) -> None:
-        self.engine.write_gdtr(*gdt)
+        self.engine.write_table("gdtr", *gdt)
         for name in ("cr4", "cr3", "cr0"):
             self.engine.write(name, registers.pop(name))
         # Selectors with their descriptors, which the public API does not load: ES CS SS DS.
@@ -246,60 +211,3 @@ class NativeCPU:
         for name, value in registers.items():
             self.write(name, value)
         self.write("rip", entry)
-
-    def map_io(
-        self, physical: int, size: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]
-    ) -> None:
-        def guarded_read(offset: int, width: int) -> int:
-            try:
-                return read(offset, width)
-            except BaseException as error:
-                self._fail(error)
-                return (1 << 8 * width) - 1
-
-        def guarded_write(offset: int, width: int, value: int) -> None:
-            try:
-                write(offset, width, value)
-            except BaseException as error:
-                self._fail(error)
-
-        self.engine.map_io(physical, size, guarded_read, guarded_write)
-
-    def map_ram(self, physical: int, size: int, host_address: int) -> None:
-        """Make memory of this process the guest's RAM at a physical address (bytes)."""
-        self.engine.map_host_memory(physical, size, host_address)
-
-    def flush_translations(self) -> None:
-        self.engine.flush_translations()
-
-    def save(self) -> bytes:
-        context = self.engine.context_alloc()
-        try:
-            self.engine.context_save(context)
-            size = self.engine.context_size()
-            assert context.value is not None
-            return bytes((c_char * size).from_address(context.value).raw)
-        finally:
-            self.engine.lib.uc_context_free(context)
-
-    def load(self, state: bytes) -> None:
-        size = self.engine.context_size()
-        if len(state) != size:
-            raise EmulatorError("the saved CPU state is of another Unicorn")
-        context = self.engine.context_alloc()
-        try:
-            assert context.value is not None
-            header = bytes((c_char * _CONTEXT_HEADER).from_address(context.value).raw)
-            ctypes.memmove(context.value + _CONTEXT_HEADER, state[_CONTEXT_HEADER:], size - _CONTEXT_HEADER)
-            assert bytes((c_char * _CONTEXT_HEADER).from_address(context.value).raw) == header
-            self.engine.context_restore(context)
-        finally:
-            self.engine.lib.uc_context_free(context)
-        self.engine.flush_translations()
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-# sizeof(struct uc_context): sizes and host pointers of the engine it was made by; the registers come behind it.
-_CONTEXT_HEADER = 40

@@ -36,7 +36,7 @@ enum {
 enum { O_WRONLY = 1, O_RDWR = 2, O_SYNC = 04010000 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1 };
 enum { FUTEX_WAIT_PRIVATE = 128 };
-enum { SIGINT = 2, SIGUSR1 = 10, SIGCHLD = 17, SIG_IGN = 1, SA_RESTORER = 0x04000000 };
+enum { SIGINT = 2, SIGPIPE = 13, SIGCHLD = 17, SIG_IGN = 1, SA_RESTORER = 0x04000000 };
 
 static long syscall6(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -217,7 +217,7 @@ __attribute__((used, noreturn)) static void start(void)
 		give_up("map the window");
 
 	on(SIGINT, on_signal);
-	on(SIGUSR1, on_signal);
+	on(SIGPIPE, (void (*)(int))SIG_IGN);
 	on(SIGCHLD, (void (*)(int))SIG_IGN);
 	for (u64 i = 0; i < sizeof(page); i += 4096)
 		page[i] = 1;

@@ -42,12 +42,17 @@ class WakeFacts:
                 raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
             numbers[item.name] = value
         facts = cls(**numbers)
-        if facts.raised_list > ram_size - 8 or max(facts.work_flags, facts.work_func, facts.sleeper_task) > _WORK_ROOM - 8:
+        if (
+            facts.raised_list > ram_size - 8
+            or max(facts.work_flags, facts.work_func, facts.sleeper_task) > _WORK_ROOM - 8
+        ):
             raise EmulatorError("snapshot: the agent's facts are not of this version")
         return facts
 
 
-def wake_facts(symbols: Symbols, btf: Btf, per_cpu_base: int, translate: Callable[[int], int], read_u64: Callable[[int], int]) -> WakeFacts:
+def wake_facts(
+    symbols: Symbols, btf: Btf, per_cpu_base: int, translate: Callable[[int], int], read_u64: Callable[[int], int]
+) -> WakeFacts:
     """Look the facts up. `translate` maps guest virtual to physical, `read_u64` reads at a guest virtual address.
 
     Raises EmulatorError naming what this kernel lacks.

@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from btf_writer import SIGNED, BtfWriter
+from tests.btf_writer import SIGNED, BtfWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +187,17 @@ def test_types_sorted_by_name_are_found_as_well() -> None:
             btf.struct(name)
 
 
+def test_a_name_is_not_found_across_two_others() -> None:
+    w = BtfWriter()
+    assert w.string("x") == 1  # as packed number 01 00 00 00
+    w.string("-" * 300)
+    other = w.integer("zzz", 4)  # at 0x130: 30 01 00 00, and the 00 of the next makes 01 00 00 00
+    assert w.string("zzz") >> 8 == w.string("x")
+    w.struct("", 4, [("a", other, 0)])
+    wanted = w.integer("x", 8)
+    assert Btf(bytes(w)).find(Kind.INT, "x").id == wanted
+
+
 def test_types_in_c() -> None:
     w = BtfWriter()
     i32, char = w.integer("int", 4, SIGNED), w.integer("char", 1, SIGNED)
@@ -363,6 +374,19 @@ def test_ids_and_names_out_of_bounds() -> None:
     blob[24:28] = b"\xff\xff\0\0"  # the name of type 1
     with pytest.raises(BtfError, match="name at byte 65535"):
         Btf(bytes(blob)).type(1)
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 4])
+def test_a_record_beyond_the_end_of_the_types(words: int) -> None:
+    w = BtfWriter()
+    w.integer("int", 4)
+    blob = bytearray(bytes(w))
+    blob[12:16] = (16 - 4 * words).to_bytes(4, "little")
+    if words < 4:
+        with pytest.raises(BtfError, match="last type ends"):
+            Btf(bytes(blob)).type(1)
+    else:
+        assert len(Btf(bytes(blob))) == 1
 
 
 def ask_everything(btf: Btf) -> None:

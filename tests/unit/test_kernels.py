@@ -194,7 +194,8 @@ def test_apt_is_kept_from_the_systems_state(system: System) -> None:
         (value,) = [line.split('"')[1] for line in configuration.splitlines() if line.startswith(f"{name} ")]
         assert value.startswith(str(kernels.cache_dir()))
     assert "#clear APT::Update::Post-Invoke;" in configuration
-    assert not any(word in configuration for word in ("AllowInsecure", "AllowUnauthenticated", "trusted"))
+    for line in configuration.splitlines():
+        assert "Allow" not in line or line.endswith('"false";')
 
 
 def test_fallback_to_the_systems_suite(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +266,7 @@ def test_failure_is_a_line_and_leaves_nothing(system: System, spoil: Callable[[S
 @pytest.mark.parametrize("suite", ["", "../x", "a b", "-o", "stable\nTrusted: yes", "x" * 65])
 def test_odd_suites_are_refused(system: System, suite: str) -> None:
     with pytest.raises(UserError, match="not the name of a Debian suite") as raised:
-        kernels.fetch(suite, system.said.append, update=True)
+        kernels.fetch(suite, system.said.append)
     assert raised.value.exit_status == 2
     assert system.calls("\n") == 0
 
@@ -285,6 +286,18 @@ def test_an_interrupted_fetch_leaves_nothing(system: System, monkeypatch: pytest
     assert kernels.installed() == []
     kernels.fetch(None, system.said.append)
     assert left_over() == []
+
+
+def test_a_full_disk_is_a_line(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    system.offers_kernel("6.12.1")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(debian, "_copy", fail)
+    with pytest.raises(UserError, match=r"could not keep the kernel in .*: No space left on device"):
+        kernels.fetch(None, system.said.append)
+    assert os.listdir(kernels.cache_dir() / "kernels") == [".lock"]
 
 
 def test_only_one_fetches_at_a_time(system: System) -> None:

@@ -33,7 +33,8 @@ def test_what_mount_and_fstab_add_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["gid=", "gid", "gid=-1", "uid=4294967295", "uid=root", "mode=8", "mode=10000", "uid=٣", "wat", "wat\nx", "uid=1_0"]
+    "text",
+    ["gid=", "gid", "gid=-1", "uid=4294967295", "uid=root", "mode=8", "mode=10000", "uid=٣", "wat\nx", "uid=1_0"],
 )
 def test_refused(text: str) -> None:
     with pytest.raises(UserError, match="mount option") as caught:

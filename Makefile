@@ -1,0 +1,114 @@
+# Every target says what it is for in `make help`. What has been done is remembered in build/*.stamp.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv busybox-static cpio
+NATIVE := $(wildcard emulator/native/*.[ch] emulator/guest/*.[ch] fakefs/fuse/*.[ch])
+
+.PHONY: help setup kernel run test test-unit test-native soak bench lint clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: build/installed.stamp ## install Debian packages, Python packages and the C parts (what is missing of them)
+
+build/packages.stamp:
+	@mkdir -p build
+	if ! command -v dpkg-query >/dev/null; then
+		echo "setup: not a Debian system; going on in the hope that it has: $(PACKAGES)"
+		touch $@
+		exit
+	fi
+	there=$$(dpkg-query -W -f '$${Package} $${db:Status-Status}\n' $(PACKAGES) 2>/dev/null || true)
+	missing=
+	for package in $(PACKAGES); do
+		[[ $$'\n'$$there$$'\n' == *$$'\n'"$$package installed"$$'\n'* ]] || missing+=" $$package"
+	done
+	if [[ $$missing && $$(id -u) != 0 ]]; then
+		echo "setup: Debian packages are missing; as root: apt-get install$$missing" >&2
+		exit 1
+	elif [[ $$missing ]]; then
+		echo "setup: apt-get install$$missing"
+		export DEBIAN_FRONTEND=noninteractive
+		install() { apt-get install -qq -y --no-install-recommends $$missing >build/apt.log 2>&1; }
+		install || { apt-get update -qq >build/apt.log 2>&1 && install; } || {
+			cat build/apt.log >&2
+			echo "setup: apt-get could not install$$missing" >&2
+			exit 1
+		}
+	fi
+	touch $@
+
+$(BIN)/python: | build/packages.stamp
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+		echo "setup: $(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/python3 setup" >&2
+		exit 1
+	}
+	echo "setup: .venv"
+	$(PYTHON) -m venv .venv
+
+# Without build isolation: it would ask the network for setuptools each time.
+build/installed.stamp: pyproject.toml setup.py $(NATIVE) | build/packages.stamp $(BIN)/python
+	@echo "setup: fakefs and what it needs"
+	install() { $(BIN)/python -m pip --disable-pip-version-check install "$$@" >>build/pip.log 2>&1; }
+	rm -f build/pip.log
+	install "setuptools>=77" && install --no-build-isolation -e '.[dev]' || {
+		cat build/pip.log >&2
+		echo "setup: pip could not install fakefs: see above" >&2
+		exit 1
+	}
+	touch $@
+
+kernel: setup ## fetch the default kernel into the user's cache, unless it is there
+	@path=$$(tail -n 1 build/kernel.stamp 2>/dev/null || true)
+	if [[ ! -e $$path ]]; then
+		$(BIN)/fakefs kernel fetch >build/kernel.stamp || { rm -f build/kernel.stamp; exit 1; }
+	fi
+
+run: setup kernel ## a short demonstration
+	@PATH="$$PWD/$(BIN):$$PATH" examples/demo.sh
+
+# Both are run in any case, so that one report tells all; pytest's closing line is the last.
+test: setup kernel ## linters, then the tests: unit, guest, mount
+	@status=0
+	$(MAKE) lint || status=$$?
+	$(PYTEST) -m "not slow and not bench" tests/unit tests/guest tests/mount || status=$$?
+	exit $$status
+
+test-unit: setup ## tests that need neither kernel nor mount
+	@$(PYTEST) -m "not slow and not bench" tests/unit
+
+test-native: setup ## the C core alone, under AddressSanitizer and UBSan
+	@$(PYTEST) -rP tests/unit/test_native.py
+
+soak: setup kernel ## the slow tests
+	@$(PYTEST) -m slow tests
+
+bench: setup kernel ## measure; the numbers go to build/bench.json
+	@$(BIN)/python bench/run.py
+
+lint: setup ## ruff, mypy --strict, and shellcheck if it is installed
+	@status=0
+	$(BIN)/ruff check -q . || status=1
+	$(BIN)/mypy --no-error-summary || status=1
+	if command -v shellcheck >/dev/null; then
+		scripts=$$(grep -rlsE '^#!.*[/ ](ba|da)?sh( |$$)' --include='*.sh' --include=run .ci examples bench tests || true)
+		shellcheck $$scripts || status=1
+	fi
+	exit $$status
+
+clean: ## remove everything built, but for .venv
+	@rm -rf build dist ./*.egg-info emulator/_core*.so fakefs/fuse/_shim*.so emulator/guest/agent
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	@rm -rf .venv

@@ -1,0 +1,129 @@
+"""What both CPUs made of a Unicorn engine share: device callbacks, memory, registers by name, the saved state.
+
+A callback comes from C, where no exception can pass: what a device raises is kept, the engine stopped, and `run()` of
+the CPU raises it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_char
+
+from emulator.cpu.interface import PortIO
+from emulator.cpu.libunicorn import Engine
+from emulator.errors import EmulatorError
+
+HYPERCALL_LEAF = 0x46414B45
+MAX_WATCHED = 8
+# CPUID bits: host randomness off (runs must be reproducible), local APIC, timer that never stops, constant TSC.
+FEATURES_OFF = {"1.ecx": 1 << 30, "7.ebx": 1 << 18}
+FEATURES_ON = {"1.edx": 1 << 9, "6.eax": 1 << 2, "80000007.edx": 1 << 8}
+# sizeof(struct uc_context): sizes and host pointers of the engine it was made by; the registers come behind it.
+CONTEXT_HEADER = 40
+_MSR_KERNEL_GS_BASE = 0xC0000102
+
+
+class UnicornCPU:
+    """The part of `interface.CPU` that is the same for both."""
+
+    def __init__(self, ports: PortIO, index: int) -> None:
+        self.index = index
+        self.fault: BaseException | None = None
+        self.engine = Engine()
+        self._ports = ports
+
+    # ---- device callbacks
+
+    def _port_read(self, port: int, size: int) -> int:
+        try:
+            return self._ports.port_read(port, size)
+        except BaseException as error:
+            self._fail(error)
+            return (1 << 8 * size) - 1
+
+    def _port_write(self, port: int, size: int, value: int) -> None:
+        try:
+            self._ports.port_write(port, size, value)
+        except BaseException as error:
+            self._fail(error)
+
+    def map_io(
+        self, physical: int, size: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]
+    ) -> None:
+        """Call `read(offset, size)` and `write(offset, size, value)` for accesses to a physical range."""
+
+        def guarded_read(offset: int, width: int) -> int:
+            try:
+                return read(offset, width)
+            except BaseException as error:
+                self._fail(error)
+                return (1 << 8 * width) - 1
+
+        def guarded_write(offset: int, width: int, value: int) -> None:
+            try:
+                write(offset, width, value)
+            except BaseException as error:
+                self._fail(error)
+
+        self.engine.map_io(physical, size, guarded_read, guarded_write)
+
+    def _fail(self, error: BaseException) -> None:
+        self.fault = self.fault or error
+        self.engine.stop()
+
+    def _raise_fault(self) -> None:
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+
+    # ---- memory and registers
+
+    def map_ram(self, physical: int, size: int, host_address: int) -> None:
+        """Make memory of this process the guest's RAM at a physical address (bytes)."""
+        self.engine.map_host_memory(physical, size, host_address)
+
+    def flush_translations(self) -> None:
+        """Forget translated code and address translations."""
+        self.engine.flush_translations()
+
+    def read(self, register: str) -> int:
+        """Return a register by its name in the manual, lower case."""
+        if register == "kernel_gs_base":
+            return self.engine.read_msr(_MSR_KERNEL_GS_BASE)
+        return self.engine.read(register)
+
+    def write(self, register: str, value: int) -> None:
+        """Set a register by its name in the manual, lower case."""
+        self.engine.write(register, value)
+
+    # ---- state
+
+    def save(self) -> bytes:
+        """Return the CPU's whole state, opaque, for `load()` of the same version of Unicorn."""
+        context = self.engine.context_alloc()
+        try:
+            self.engine.context_save(context)
+            size = self.engine.context_size()
+            assert context.value is not None
+            return bytes((c_char * size).from_address(context.value).raw)
+        finally:
+            self.engine.lib.uc_context_free(context)
+
+    def load(self, state: bytes) -> None:
+        """Become what `save()` saw. Raises EmulatorError when it comes from another version."""
+        size = self.engine.context_size()
+        if len(state) != size:
+            raise EmulatorError("the saved CPU state is of another Unicorn")
+        context = self.engine.context_alloc()
+        try:
+            assert context.value is not None
+            ctypes.memmove(context.value + CONTEXT_HEADER, state[CONTEXT_HEADER:], size - CONTEXT_HEADER)
+            self.engine.context_restore(context)
+        finally:
+            self.engine.lib.uc_context_free(context)
+        self.engine.flush_translations()
+
+    def close(self) -> None:
+        """Free the engine; it must not run."""
+        self.engine.close()

@@ -1,0 +1,212 @@
+"""The command `fakefs`: arguments in, one function per command, errors as one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emulator.errors import EmulatorError
+from emulator.guest import DEFAULT_MEMORY
+from fakefs.errors import UserError
+
+EXAMPLES = """examples:
+  fakefs mount /tmp/tracing          a kernel's tracefs in /tmp/tracing
+  cat /tmp/tracing/available_tracers
+  fakefs exec -- ls /proc            run a program inside that kernel
+  fakefs umount /tmp/tracing
+"""
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _add(commands: Commands, name: str, what: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        usage=usage,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the man pages are made from it."""
+    from fakefs import kernel_command
+
+    whole = argparse.ArgumentParser(
+        prog="fakefs",
+        description="A Linux kernel's tracefs as a directory, with the kernel emulated: no root, no KVM, no risk.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--version", action="version", version=f"fakefs {version()}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    mount = _add(
+        commands,
+        "mount",
+        "start a kernel and mount its tracefs on a directory",
+        "fakefs mount /tmp/tracing\n"
+        "fakefs mount --kernel ~/linux/vmlinux --memory 256M /tmp/tracing\n"
+        "fakefs mount --root /sys/kernel/debug /tmp/debug\n"
+        "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing",
+    )
+    mount.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
+    mount.add_argument("--kernel", metavar="PATH", type=Path, help="a vmlinuz or vmlinux; default: fakefs kernel list")
+    mount.add_argument(
+        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 128M (default), 1G ..."
+    )
+    mount.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
+    mount.add_argument(
+        "--root",
+        metavar="PATH",
+        default="/sys/kernel/tracing",
+        help="the guest's directory to show, default: %(default)s",
+    )
+    mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="mount options: uid=, gid=, mode=, ro")
+    mount.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
+    mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
+    mount.set_defaults(run=_mount)
+
+    umount = _add(commands, "umount", "unmount a directory and end its kernel", "fakefs umount /tmp/tracing")
+    umount.add_argument("directory", metavar="DIR", type=Path)
+    umount.add_argument("--lazy", action="store_true", help="also while files in it are open")
+    umount.set_defaults(run=_umount)
+
+    execute = _add(
+        commands,
+        "exec",
+        "run a program inside the guest: busybox's at least",
+        "fakefs exec -- ls -l /proc/self\n"
+        "fakefs exec /tmp/tracing -- sh -c 'dd if=/dev/zero of=/dev/null bs=1 count=1000'\n"
+        "echo hello | fakefs exec -- tr a-z A-Z",
+        usage="fakefs exec [-h] [DIR] -- CMD [ARG ...]",
+    )
+    execute.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
+    execute.set_defaults(run=_exec)
+
+    console = _add(commands, "console", "show what the guest printed on its console", "fakefs console /tmp/tracing")
+    console.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
+    console.set_defaults(run=_console)
+
+    status = _add(commands, "status", "tell about a running mount, as JSON", "fakefs status /tmp/tracing")
+    status.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
+    status.set_defaults(run=_status)
+
+    doctor = _add(commands, "doctor", "check what this machine has and what is missing", "fakefs doctor")
+    doctor.set_defaults(run=_doctor)
+    kernel_command.add_parser(commands)
+    return whole
+
+
+def version() -> str:
+    """Return this package's version."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("fakefs")
+    except metadata.PackageNotFoundError:
+        return "0 (not installed)"
+
+
+def _size(text: str) -> int:
+    """Parse 128M, 1G, 262144K into bytes."""
+    units = {"K": 10, "M": 20, "G": 30}
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "M")
+    if not digits.isdigit() or not 0 < int(digits) << units[unit] <= 2 << 30:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size up to 2G, such as 128M")
+    return int(digits) << units[unit]
+
+
+def _mount(arguments: argparse.Namespace) -> int:
+    from fakefs.mounting import Order, mount
+
+    mount(
+        Order(
+            directory=arguments.directory,
+            kernel=arguments.kernel,
+            memory=arguments.memory,
+            append=arguments.append,
+            root=arguments.root,
+            options=arguments.options,
+            deterministic=arguments.deterministic,
+            foreground=arguments.foreground,
+        )
+    )
+    return 0
+
+
+def _umount(arguments: argparse.Namespace) -> int:
+    from fakefs import mountpoint
+
+    mountpoint.unmount(arguments.directory, lazy=arguments.lazy)
+    mountpoint.wait_for_daemon(arguments.directory)
+    return 0
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    from fakefs import client
+
+    if not arguments.program:
+        raise UserError("no program given: fakefs exec [DIR] -- CMD", exit_status=2)
+    env = {"PATH": "/bin:/sbin:/usr/bin:/usr/sbin", "HOME": "/root", "TERM": os.environ.get("TERM", "dumb")}
+    return client.run_program(client.find_mount(arguments.directory), arguments.program, env)
+
+
+def _console(arguments: argparse.Namespace) -> int:
+    from fakefs import client
+
+    sys.stdout.write(client.ask(client.find_mount(arguments.directory), {"do": "console"}))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from fakefs import client
+
+    sys.stdout.write(client.ask(client.find_mount(arguments.directory), {"do": "status"}))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fakefs import doctor
+
+    return doctor.run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    # Everything behind `exec ... --` is the program's; argparse would look for options of ours in it.
+    words, program = _split(words) if words[:1] == ["exec"] else (words, [])
+    arguments = parser().parse_args(words)
+    arguments.program = program
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"fakefs: {error}", file=sys.stderr)
+        return error.exit_status
+    except EmulatorError as error:
+        print(f"fakefs: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The control socket of a mount: how `fakefs exec`, `console` and `umount` reach its daemon.
+
+A connection sends one JSON line {"do": ..., ...} and then speaks frames (`fakefs.frames`) both ways. The socket lies
+in a directory only its user may enter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from fakefs import runtime
+from fakefs.frames import ERROR, FRAME, FRAME_MAX, STDOUT
+from fakefs.pump import Pump
+from fakefs.shadow import Shadows
+
+if TYPE_CHECKING:
+    from fakefs.guestfiles import GuestFiles
+
+_REQUEST_MAX = 1 << 20
+
+
+class Connection:
+    """One client: frames out, frames in."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self._sending = trio.Lock()
+
+    async def send(self, channel: int, data: bytes) -> None:
+        """Send data on a channel, in as many frames as it takes."""
+        async with self._sending:
+            for at in range(0, len(data), FRAME_MAX) or (0,):
+                piece = data[at : at + FRAME_MAX]
+                await self._stream.send_all(FRAME.pack(channel, len(piece)) + piece)
+
+    async def _read(self, size: int) -> bytes | None:
+        while len(self._buffer) < size:
+            data = await self._stream.receive_some(FRAME_MAX)
+            if not data:
+                return None
+            self._buffer += data
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+    async def receive(self) -> tuple[int, bytes] | None:
+        """Return the next frame; None when the client is gone or talks nonsense."""
+        header = await self._read(FRAME.size)
+        if header is None:
+            return None
+        channel, size = FRAME.unpack(header)
+        data = await self._read(size) if size <= FRAME_MAX else None
+        return None if data is None else (channel, data)
+
+    async def request(self) -> dict[str, Any] | None:
+        """Return the JSON line a client begins with; None when it is not one."""
+        while b"\n" not in self._buffer:
+            data = await self._stream.receive_some(FRAME_MAX)
+            if not data or len(self._buffer) > _REQUEST_MAX:
+                return None
+            self._buffer += data
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer = bytearray(rest)
+        try:
+            request = json.loads(line)
+        except ValueError:
+            return None
+        return request if isinstance(request, dict) else None
+
+
+class Control:
+    """The daemon's end."""
+
+    def __init__(self, mountpoint: Path, pump: Pump, shadows: Shadows, files: GuestFiles) -> None:
+        self._path = runtime.socket_path(mountpoint)
+        self._pump = pump
+        self._shadows = shadows
+        self._files = files
+
+    async def serve(self, task_status: trio.TaskStatus[None]) -> None:
+        """Listen until cancelled."""
+        self._path.unlink(missing_ok=True)
+        listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        try:
+            await listening.bind(str(self._path))
+            listening.listen()
+            task_status.started()
+            await trio.serve_listeners(self._answer, [trio.SocketListener(listening)])
+        finally:
+            listening.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        connection = Connection(stream)
+        try:
+            async with stream:
+                request = await connection.request()
+                if request is None:
+                    return
+                await self._do(request, connection)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    async def _do(self, request: dict[str, Any], connection: Connection) -> None:
+        match request:
+            case {"do": "console"}:
+                await connection.send(STDOUT, self._pump.machine.console.text().encode())
+            case {"do": "status"}:
+                await connection.send(STDOUT, (json.dumps(self._status()) + "\n").encode())
+            case {"do": "exec", "argv": [str(), *_] as argv, "env": dict() as env}:
+                from fakefs.program import run_program
+
+                self._files.forget_attributes()
+                try:
+                    await run_program(self._pump, self._shadows, [*map(str, argv)], _texts(env), connection)
+                finally:
+                    self._files.forget_attributes()
+            case _:
+                await connection.send(ERROR, b"the daemon does not know this request: is it of another version?")
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "kernel": self._pump.guest.release,
+            "dead": str(self._pump.dead) if self._pump.dead else None,
+            "virtual_ns": self._pump.machine.cpu.now,
+            "shadows": len(self._shadows),
+            "slots": len(self._pump.agent.tasks),
+            "counters": getattr(self._pump.machine.cpu, "counters", {}),
+        }
+
+
+def _texts(values: dict[Any, Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in values.items()}

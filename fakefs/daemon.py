@@ -1,0 +1,111 @@
+"""The process behind a mount: guest, pump, FUSE session and control socket in one trio loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from emulator.cpu.interface import GuestDied
+from emulator.errors import EmulatorError
+from emulator.guest import Guest
+from fakefs.control import Control
+from fakefs.errors import UserError
+from fakefs.fuse.options import MountOptions
+from fakefs.fuse.session import serve
+from fakefs.guestfiles import GuestFiles
+from fakefs.pump import Pump
+from fakefs.shadow import Shadows
+from fakefs.static import TRACEFS, StaticPaths
+from fakefs.syscalls import Sys
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a daemon serves: guest path `root` on host directory `mountpoint`."""
+
+    mountpoint: Path
+    root: bytes = TRACEFS
+    deterministic: bool = False
+    options: MountOptions = field(default_factory=MountOptions)
+
+
+def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
+    """Serve until unmounted or told to stop by a signal; `ready` is called when the mount answers. Raises UserError."""
+    try:
+        trio.run(_main, guest, service, ready)
+    except BaseExceptionGroup as group:
+        expected, other = group.split((UserError, EmulatorError))
+        if expected is None or other is not None:
+            raise
+        raise _first(expected) from None
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
+    pump = Pump(guest, deterministic=service.deterministic)
+    watched: list[int] = []
+    async with trio.open_nursery() as nursery:
+        shadows = Shadows(pump, nursery)
+        files = GuestFiles(shadows, nursery, StaticPaths(guest.notes, TRACEFS))
+        control = Control(service.mountpoint, pump, shadows, files)
+        nursery.start_soon(_keep_running, pump, watched)
+        if not service.deterministic:
+            await set_clock(shadows)
+        await nursery.start(control.serve)
+        nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+
+        def mounted() -> None:
+            watched.extend(_fuse_descriptors())
+            ready()
+
+        await serve(files, service.mountpoint, root=service.root, options=service.options, ready=mounted)
+        nursery.cancel_scope.cancel()
+
+
+async def _keep_running(pump: Pump, watched: list[int]) -> None:
+    """Run the guest; when it dies say so and let the mount answer EIO until it is unmounted."""
+    try:
+        await pump.run(watched)
+    except GuestDied as death:
+        print(f"fakefs: the guest died: {death}", file=sys.stderr, flush=True)
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+async def set_clock(shadows: Shadows) -> None:
+    """Set the guest's time of day to the host's: a snapshot may be old."""
+    import struct
+    import time
+
+    now = time.time_ns()
+    init = shadows.init
+    async with init.lock:
+        shadows.pump.agent.put(init.task, 0, struct.pack("<qq", now // 10**9, now % 10**9))
+        await shadows.pump.call(init.task, [(Sys.CLOCK_SETTIME, 0, init.task.virtual(0))])
+
+
+def _fuse_descriptors() -> list[int]:
+    """Return our descriptors of /dev/fuse: readable when a request waits."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.append(int(name))
+        except OSError:
+            continue
+    return found

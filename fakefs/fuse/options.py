@@ -1,0 +1,71 @@
+"""The mount options of tracefs: `uid=`, `gid=`, `mode=`, as in Linux's fs/tracefs; libfuse refuses them.
+
+As there, `uid` and `gid` are those of every file, `mode` is the mode of the root directory. Flags that mount(8) adds
+by itself (`rw`, `nosuid`, `relatime`...) are accepted and change nothing: the mount always has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fakefs.errors import UserError
+from fakefs.files import Stat
+
+_WITHOUT_EFFECT = frozenset({
+    "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "suid", "nosuid", "dev", "nodev",
+    "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime",
+    "lazytime", "nolazytime", "sync", "async",
+})  # fmt: skip
+_ID_MAX = 0xFFFF_FFFE  # (uid_t)-1 means "leave as it is" to chown(2)
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """`None`: as the guest has it. `mode` holds the 12 permission bits."""
+
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+    ro: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> MountOptions:
+        """Parse `text`, the argument of `-o`: "gid=1000,mode=755". The last of equals wins. Raises UserError (2)."""
+        options = cls()
+        for word in filter(None, (word.strip() for word in text.split(","))):
+            name, equals, value = word.partition("=")
+            if name == "uid" and equals:
+                options = replace(options, uid=_number(word, value, 10, _ID_MAX))
+            elif name == "gid" and equals:
+                options = replace(options, gid=_number(word, value, 10, _ID_MAX))
+            elif name == "mode" and equals:
+                options = replace(options, mode=_number(word, value, 8, 0o7777))
+            elif word in ("ro", "rw"):
+                options = replace(options, ro=word == "ro")
+            elif word not in _WITHOUT_EFFECT:
+                raise UserError(f"unknown mount option {word!r}; there are uid=, gid=, mode=, ro", exit_status=2)
+        return options
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in (("uid", self.uid), ("gid", self.gid)) if value is not None]
+        if self.mode is not None:
+            words.append(f"mode={self.mode:o}")
+        return ",".join([*words, *(["ro"] if self.ro else [])])
+
+    def apply(self, stat: Stat, *, is_root: bool = False) -> Stat:
+        """`stat` as the mount shows it."""
+        if self.uid is None and self.gid is None and (self.mode is None or not is_root):
+            return stat
+        mode = stat.mode if self.mode is None or not is_root else stat.mode & ~0o7777 | self.mode
+        uid = stat.uid if self.uid is None else self.uid
+        gid = stat.gid if self.gid is None else self.gid
+        return replace(stat, uid=uid, gid=gid, mode=mode)
+
+
+def _number(word: str, value: str, base: int, largest: int) -> int:
+    digits = "01234567" if base == 8 else "0123456789"
+    if not 0 < len(value) <= 12 or value.strip(digits) or (number := int(value, base)) > largest:
+        kind = "an octal mode" if base == 8 else "a number"
+        raise UserError(f"mount option {word!r}: not {kind} (0 to {format(largest, 'o' if base == 8 else 'd')})",
+                        exit_status=2)
+    return number

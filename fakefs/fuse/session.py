@@ -1,0 +1,90 @@
+"""A FUSE session from mount to unmount.
+
+Not here: whether the directory may be mounted on (`fakefs.mountpoint`), the daemon around it. pyfuse3 keeps its session
+in globals, so there is one per process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fakefs.errors import UserError
+from fakefs.files import Files
+from fakefs.fuse import request
+from fakefs.fuse.operations import MAX_BLOCKED_READS, GuestOperations
+from fakefs.fuse.options import MountOptions
+from fakefs.mountpoint import SUBTYPE, discard_stale, fusermount
+
+# isort: split
+import pyfuse3
+
+ROOT = b"/sys/kernel/tracing"
+
+_SPARE_TASKS = 1000
+"""Workers beyond those that blocked reads hold: interrupts and everything else must always find one."""
+
+
+async def serve(
+    files: Files,
+    mountpoint: Path,
+    *,
+    root: bytes = ROOT,
+    options: MountOptions | None = None,
+    max_blocked_reads: int = MAX_BLOCKED_READS,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount `files` from guest path `root` on at `mountpoint` and serve until unmounted or cancelled.
+
+    `ready` is called when the mount answers. A cancelled session is unmounted; readers that wait get ECONNABORTED.
+    Files that are still open then are not closed in the guest. Raises UserError.
+    """
+    options = options or MountOptions()
+    operations = GuestOperations(files, root, options, max_blocked_reads=max_blocked_reads, ready=ready)
+    discard_stale(mountpoint)
+    _mount(operations, mountpoint, options)
+    try:
+        await pyfuse3.main(min_tasks=2, max_tasks=2 * max_blocked_reads + _SPARE_TASKS)
+    finally:
+        operations.stop()
+        pyfuse3.close()
+
+
+def _mount(operations: GuestOperations, mountpoint: Path, options: MountOptions) -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        remedy = "modprobe fuse" if isinstance(error, FileNotFoundError) else "make it readable and writable"
+        raise UserError(f"cannot open /dev/fuse: {error.strerror}; {remedy}") from None
+    try:
+        pyfuse3.init(operations, str(mountpoint), libfuse_options(options))
+    except RuntimeError as error:
+        raise UserError(f"cannot mount on {mountpoint}: {error}") from None
+    if not request.in_use():
+        pyfuse3.close()
+        raise UserError("pyfuse3 has its own libfuse3; build it with the system's: pip install --no-binary pyfuse3 .")
+
+
+def libfuse_options(options: MountOptions) -> set[str]:
+    """What libfuse and fusermount3 are told. `fsname=tracefs` is what tools look for in /proc/mounts."""
+    words = {"fsname=tracefs", f"subtype={SUBTYPE}", "nosuid", "nodev", "noexec"}
+    if options.ro:
+        words.add("ro")
+    if fusermount():
+        words.add("auto_unmount")
+    if _may_allow_other():
+        # Together: with the first alone, everybody could do everything.
+        words |= {"allow_other", "default_permissions"}
+    return words
+
+
+def _may_allow_other(conf: str = "/etc/fuse.conf") -> bool:
+    """Only root, or with `user_allow_other`. Without, only the user that mounts has access, and is the guest's root."""
+    if os.geteuid() == 0:
+        return True
+    try:
+        with open(conf, encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except OSError:
+        return False

@@ -1,0 +1,234 @@
+"""Programs inside the guest: `fakefs exec` runs busybox and the like there, with its terminal's input and output.
+
+A launcher task is the program's parent and waits for it; one task each carries its input, output and errors through
+pipes. The program itself is a process of its own, in a session of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from emulator.agent import CALL_SPAWN, SLOT_CALLS, Call, Task, strings
+from fakefs.frames import ERROR, EXIT, SIGNAL, STDERR, STDIN, STDOUT
+from fakefs.pump import Pump
+from fakefs.shadow import CLONE_ARGS, Shadow, Shadows
+from fakefs.syscalls import Sys
+
+_O_CLOEXEC = 0o2000000
+_CHUNK = 32768
+_SIGACTION_SIZE = 32
+_STATUS_AT = 0
+_PIPES_AT = 64
+_ARGUMENTS_AT = 0x400
+_ARGUMENTS_MAX = 0x8000
+_SEARCH = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/")
+_CALL_SIZE = 64
+_RESULT_AT = 56
+
+
+class Client(Protocol):
+    """Who asked for the program: frames (channel, data) to and from it."""
+
+    async def send(self, channel: int, data: bytes) -> None: ...
+    async def receive(self) -> tuple[int, bytes] | None: ...
+
+
+async def run_program(pump: Pump, shadows: Shadows, argv: Sequence[str], env: dict[str, str], client: Client) -> None:
+    """Run `argv` in the guest; frames carry its input and output, EXIT its status (128 + signal when killed)."""
+    program = _Program(pump, shadows, client)
+    try:
+        await program.run([os.fsencode(word) for word in argv], [os.fsencode(f"{k}={v}") for k, v in env.items()])
+    except OSError as error:
+        await client.send(ERROR, f"{argv[0]}: {error.strerror}".encode())
+    finally:
+        with trio.CancelScope(shield=True):
+            await program.close()
+
+
+class _Program:
+    def __init__(self, pump: Pump, shadows: Shadows, client: Client) -> None:
+        self.pump = pump
+        self.agent = pump.agent
+        self.shadows = shadows
+        self.client = client
+        self.helpers: list[Shadow] = []
+        self.fds: set[int] = set()
+        self.child: Task | None = None
+
+    async def _helper(self) -> Shadow:
+        shadow = Shadow(await self.shadows.spawn(self.shadows.init), 0, b"init")
+        self.helpers.append(shadow)
+        return shadow
+
+    async def _pipe(self, launcher: Shadow) -> tuple[int, int]:
+        at = launcher.task.virtual(_PIPES_AT)
+        [result] = await self.pump.call(launcher.task, [(Sys.PIPE2, at, _O_CLOEXEC)])
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        ends: tuple[int, int] = struct.unpack("<ii", self.agent.get(launcher.task, _PIPES_AT, 8))
+        self.fds.update(ends)
+        return ends
+
+    async def _close(self, launcher: Shadow, *fds: int) -> None:
+        self.fds.difference_update(fds)
+        await self.pump.call(launcher.task, [(Sys.CLOSE, fd) for fd in fds])
+
+    async def run(self, argv: list[bytes], env: list[bytes]) -> None:
+        launcher = await self._helper()
+        stdin, stdout, stderr = [await self._pipe(launcher) for _ in range(3)]
+        calls_made = await self._start(launcher, argv, env, (stdin[0], stdout[1], stderr[1]))
+        await self._close(launcher, stdin[0], stdout[1], stderr[1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._feed, stdin[1], launcher)
+            async with trio.open_nursery() as outputs:
+                outputs.start_soon(self._drain, stdout[0], STDOUT)
+                outputs.start_soon(self._drain, stderr[0], STDERR)
+                status = await self._wait(launcher)
+            nursery.cancel_scope.cancel()
+        assert self.child is not None
+        if status == 127 << 8:
+            await self._explain(calls_made, argv[0])
+        self.agent.forget(self.child)
+        self.child = None
+        await self.client.send(EXIT, bytes([_exit_status(status)]))
+
+    async def _start(self, launcher: Shadow, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> int:
+        """Fork and exec; return how many calls the child was given."""
+        child = self.child = self.agent.new_task()
+        stack, stack_size = child.stack
+        arguments = CLONE_ARGS.pack(0, 0, 0, 0, signal.SIGCHLD, stack, stack_size, 0, 0, 0, 0)
+        at = launcher.task.virtual
+        self.agent.put(launcher.task, _PIPES_AT, arguments)
+        self.agent.put(launcher.task, _ARGUMENTS_AT, bytes(_SIGACTION_SIZE))
+        # init ignores SIGCHLD and its children inherit that; ignored, it would take the exit status away.
+        keep_status = (Sys.RT_SIGACTION, signal.SIGCHLD, at(_ARGUMENTS_AT), 0, 8)
+        spawn = (CALL_SPAWN, at(_PIPES_AT), len(arguments), child.slot)
+        [_, pid] = await self.pump.call(launcher.task, [keep_status, spawn])
+        if pid < 0:
+            self.agent.forget(child)
+            self.child = None
+            raise OSError(-pid, os.strerror(-pid))
+        child.pid = pid
+        calls = self._exec_calls(child, argv, env, fds)
+        self.pump.begin(child, calls)
+        return len(calls)
+
+    def _exec_calls(self, child: Task, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> list[Call]:
+        if b"/" in argv[0]:
+            paths, words = [argv[0]], argv
+        else:
+            paths, words = [os.fsencode(directory) + argv[0] for directory in _SEARCH], argv
+        # A program that is no file may be one of busybox's: it goes by its first argument.
+        busybox = [b"/bin/busybox"]
+        blob, offsets = strings([*paths, *busybox, *words, *env])
+        at = child.virtual
+        pointers_at = _ARGUMENTS_AT + (len(blob) + 7 & ~7)
+        where = [at(_ARGUMENTS_AT + offset) for offset in offsets]
+        first = len(paths) + 1
+        argv_at, env_at = pointers_at, pointers_at + 8 * (len(words) + 1)
+        pointers = [*where[first : first + len(words)], 0, *where[first + len(words) :], 0]
+        if env_at + 8 * (len(env) + 1) > _ARGUMENTS_MAX:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        self.agent.put(child, 0, bytes(_SIGACTION_SIZE))  # SIG_DFL
+        self.agent.put(child, _ARGUMENTS_AT, blob)
+        self.agent.put(child, pointers_at, struct.pack(f"<{len(pointers)}Q", *pointers))
+        self.agent.put(child, 32, b"/\0")
+        candidates = paths if b"/" in argv[0] else [*paths, *busybox]
+        return [
+            *((Sys.DUP2, fd, number) for number, fd in enumerate(fds)),
+            (Sys.CLOSE_RANGE, 3, 0xFFFFFFFF, 0),
+            *((Sys.RT_SIGACTION, number, at(0), 0, 8) for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT)),
+            (Sys.SETSID,),
+            (Sys.CHDIR, at(32)),
+            *((Sys.EXECVE, where[index], at(argv_at), at(env_at)) for index in range(len(candidates))),
+            (Sys.EXIT, 127),
+        ]
+
+    async def _wait(self, launcher: Shadow) -> int:
+        assert self.child is not None
+        call = (Sys.WAIT4, self.child.pid, launcher.task.virtual(_STATUS_AT), 0, 0)
+        result = -errno.EINTR
+        while result == -errno.EINTR:
+            [result] = await self.pump.call(launcher.task, [call])
+        return int(struct.unpack("<i", self.agent.get(launcher.task, _STATUS_AT, 4))[0])
+
+    async def _explain(self, calls_made: int, name: bytes) -> None:
+        """Exit status 127: say why when it was exec that failed (its results still stand in the slot)."""
+        assert self.child is not None
+        at = self.agent.window + self.child.slot * 0x10000 + SLOT_CALLS + _CALL_SIZE * (calls_made - 2) + _RESULT_AT
+        result = struct.unpack("<q", self.pump.machine.memory.read(at, 8))[0]
+        if result < 0:
+            await self.client.send(STDERR, b"fakefs exec: %s: %s\n" % (name, os.strerror(-result).encode()))
+
+    async def _drain(self, fd: int, channel: int) -> None:
+        helper = await self._helper()
+        while True:
+            call = (Sys.READ, fd, helper.task.virtual(), _CHUNK)
+            [size] = await self.pump.call(helper.task, [call], holds_clock=False)
+            if size == -errno.EINTR:
+                continue
+            if size <= 0:
+                return
+            await self.client.send(channel, self.agent.get(helper.task, 0, min(size, _CHUNK)))
+
+    async def _feed(self, fd: int, launcher: Shadow) -> None:
+        """Carry the client's input; its signals and its going away become signals to the program's group."""
+        helper = await self._helper()
+        while True:
+            frame = await self.client.receive()
+            if frame is None:
+                await self._signal(signal.SIGKILL)
+                return
+            channel, data = frame
+            if channel == SIGNAL and len(data) == 1:
+                await self._signal(data[0])
+            elif channel == STDIN and not data:
+                await self.pump.call(helper.task, [(Sys.CLOSE, fd)])
+                self.fds.discard(fd)
+            elif channel == STDIN and fd in self.fds:
+                await self._write_all(helper, fd, data)
+
+    async def _write_all(self, helper: Shadow, fd: int, data: bytes) -> None:
+        while data:
+            piece = data[:_CHUNK]
+            self.agent.put(helper.task, 0, piece)
+            call = (Sys.WRITE, fd, helper.task.virtual(), len(piece))
+            [written] = await self.pump.call(helper.task, [call], holds_clock=False)
+            if written <= 0:
+                return  # it closed its input
+            data = data[written:]
+
+    async def _signal(self, number: int) -> None:
+        if self.child is not None and 0 < number < 65:
+            init = self.shadows.init
+            async with init.lock:
+                await self.pump.call(
+                    init.task, [(Sys.KILL, -self.child.pid, number), (Sys.KILL, self.child.pid, number)]
+                )
+
+    async def close(self) -> None:
+        """End what is left of the program, its helpers and its pipes."""
+        try:
+            if self.child is not None:
+                await self._signal(signal.SIGKILL)
+                self.agent.forget(self.child)
+            init = self.shadows.init
+            if self.fds:
+                async with init.lock:
+                    await self.pump.call(init.task, [(Sys.CLOSE, fd) for fd in self.fds])
+            for helper in self.helpers:
+                await self.shadows.end(helper)
+        except OSError:
+            return  # the guest is dead
+
+
+def _exit_status(status: int) -> int:
+    """Return the shell's idea of a wait status."""
+    return 128 + (status & 0x7F) if status & 0x7F else status >> 8 & 0xFF

@@ -1,0 +1,183 @@
+"""Runs the guest inside the trio loop, and hands out its calls: `await pump.call(task, calls)`.
+
+One thread does everything. A call first runs the guest at once, in place, until it is done: most calls take 20 to
+100 us and no task switch. What takes longer (or blocks in the guest) is carried on by `Pump.run()` in slices that end
+as soon as a FUSE request waits. An idle guest costs nothing: the pump sleeps until the guest's next timer.
+
+Virtual time: in real-time mode it follows the host's monotonic clock whenever the guest is idle; in deterministic
+mode it stands still between requests and jumps to the next timer while one that `holds_clock` is under way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+
+import trio
+
+from emulator.agent import Call, Request, Task
+from emulator.cpu.interface import GuestDied, Stop
+from emulator.guest import Guest
+
+# Virtual ns a call may run in place before the loop gets its turn (about as much host time).
+_IN_PLACE = 1_000_000
+# Virtual ns of a slice; it ends earlier when a watched descriptor is readable.
+_SLICE = 10_000_000
+# Host seconds a task stays at its hypercall after a call: cat's next request comes within this, and needs no wake-up.
+_GRACE = 0.0005
+
+
+class Pump:
+    """The guest's clockwork. `dead` says why the guest is gone, once it is; every call then fails with EIO."""
+
+    def __init__(self, guest: Guest, *, deterministic: bool = False) -> None:
+        self.guest = guest
+        self.agent = guest.agent
+        self.machine = guest.machine
+        self.deterministic = deterministic
+        self.dead: GuestDied | None = None
+        self._idle = True
+        self._busy_by_itself = False
+        self._kick = trio.Event()
+        self._waiters: dict[Request, trio.Event] = {}
+        self._clock_holders = 0
+        self._watched: tuple[int, ...] = ()
+        self._epoch = time.monotonic_ns() - self.machine.cpu.now
+
+    # ---- calls
+
+    async def call(self, task: Task, calls: Sequence[Call], *, holds_clock: bool = True) -> list[int]:
+        """Have a task of the guest make system calls; return their results (negative errno for failures).
+
+        Only one `call()` may use a task's data area at a time. With `holds_clock` false the call waits for something
+        a later request brings about (a read of trace_pipe), so deterministic time does not run for it.
+        Raises OSError(EIO) when the guest is or gets dead.
+        """
+        request = self.begin(task, calls)
+        if not request.done:
+            await self.finish(request, holds_clock=holds_clock)
+        return request.results
+
+    def begin(self, task: Task, calls: Sequence[Call]) -> Request:
+        """Submit calls and run the guest in place; the request may be `done` afterwards, or wants `finish()`."""
+        self._check_alive()
+        request = self.agent.submit(task, calls)
+        self._run_in_place(request)
+        return request
+
+    async def finish(self, request: Request, *, holds_clock: bool = True) -> None:
+        """Wait until a request is done. Raises OSError(EIO) when the guest dies first."""
+        if request.done:
+            return
+        self._check_alive()
+        event = self._waiters[request] = trio.Event()
+        request.on_done = event.set
+        self._clock_holders += holds_clock
+        self._wake()
+        try:
+            await event.wait()
+        finally:
+            del self._waiters[request]
+            self._clock_holders -= holds_clock
+        if not request.done:
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def _run_in_place(self, request: Request) -> None:
+        if self._watched:
+            self._watch(())
+        self._follow_host()
+        limit = self.machine.cpu.now + _IN_PLACE
+        try:
+            while not request.done:
+                stop = self.agent.step(limit)
+                self._idle = stop is Stop.HALTED or (stop is Stop.HYPERCALL and not self._busy_by_itself)
+                if stop is Stop.DEADLINE or (stop is Stop.HALTED and not self.agent.busy):
+                    break
+        except GuestDied as death:
+            self._die(death)
+        if not self._kick.is_set():
+            self._wake()
+
+    # ---- the loop
+
+    async def run(self, watch: Sequence[int] = ()) -> None:
+        """Keep the guest going until it dies, which raises GuestDied. `watch`: descriptors that end a slice."""
+        while True:
+            if self.dead is not None:
+                raise self.dead
+            delay = self._delay()
+            if delay is None or delay > 0:
+                await self._sleep(delay)
+                continue
+            self._slice(watch)
+            await trio.lowlevel.checkpoint()
+
+    def _delay(self) -> float | None:
+        """Return for how many host seconds the guest has nothing to do; None means until something is asked of it."""
+        if self.agent.busy or not self._idle:
+            return 0
+        held = self.agent.held is not None
+        if self.deterministic:
+            return 0 if self._clock_holders else None
+        if held:
+            return 0 if self._busy_by_itself else _GRACE
+        event = self.machine.next_event()
+        return None if event is None else max(event - self._host_now(), 0) / 1e9
+
+    async def _sleep(self, delay: float | None) -> None:
+        self._kick = trio.Event()
+        held = self.agent.held
+        with trio.move_on_after(float("inf") if delay is None else delay) as timeout:
+            await self._kick.wait()
+        if timeout.cancelled_caught and held is not None and self.agent.held is held:
+            self._idle = False  # the grace is over: let the task go to sleep
+
+    def _slice(self, watch: Sequence[int]) -> None:
+        if self.deterministic and self._idle and self.agent.held is None and not self.agent.busy:
+            event = self.machine.next_event()
+            if event is not None:
+                self.machine.cpu.now = max(self.machine.cpu.now, event)
+        else:
+            self._follow_host()
+        self._watch(tuple(watch))
+        try:
+            stop = self.agent.step(self.machine.cpu.now + _SLICE)
+        except GuestDied as death:
+            self._die(death)
+            return
+        self._busy_by_itself = stop is not Stop.HALTED and (self._busy_by_itself or stop is not Stop.HYPERCALL)
+        self._idle = stop is Stop.HALTED or (stop is Stop.HYPERCALL and not self._busy_by_itself)
+
+    def _watch(self, fds: tuple[int, ...]) -> None:
+        if fds != self._watched:
+            self.machine.cpu.watch(fds)
+            self._watched = fds
+
+    def _wake(self) -> None:
+        self._kick.set()
+
+    # ---- time
+
+    def _host_now(self) -> int:
+        return time.monotonic_ns() - self._epoch
+
+    def _follow_host(self) -> None:
+        """An idle guest's clock catches up with the host's; a busy one's runs by its own instructions."""
+        if not self.deterministic and self._idle:
+            now = self._host_now()
+            if now > self.machine.cpu.now:
+                self.machine.cpu.now = now
+
+    # ---- the end
+
+    def _die(self, death: GuestDied) -> None:
+        self.dead = death
+        for event in self._waiters.values():
+            event.set()
+        self._wake()

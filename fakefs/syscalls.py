@@ -1,0 +1,45 @@
+"""Numbers of the x86-64 system calls the guest is asked for (arch/x86/entry/syscalls/syscall_64.tbl)."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Sys(IntEnum):
+    """A system call, by the name the manual gives it."""
+
+    READ = 0
+    WRITE = 1
+    CLOSE = 3
+    POLL = 7
+    LSEEK = 8
+    RT_SIGACTION = 13
+    DUP2 = 33
+    EXECVE = 59
+    EXIT = 60
+    WAIT4 = 61
+    KILL = 62
+    FCNTL = 72
+    TRUNCATE = 76
+    FTRUNCATE = 77
+    CHDIR = 80
+    SETSID = 112
+    SETGROUPS = 116
+    SETRESUID = 117
+    SETRESGID = 119
+    PRCTL = 157
+    GETDENTS64 = 217
+    CLOCK_SETTIME = 227
+    OPENAT = 257
+    MKDIRAT = 258
+    MKNODAT = 259
+    FCHOWNAT = 260
+    UNLINKAT = 263
+    LINKAT = 265
+    SYMLINKAT = 266
+    READLINKAT = 267
+    FCHMODAT = 268
+    PIPE2 = 293
+    RENAMEAT2 = 316
+    STATX = 332
+    CLOSE_RANGE = 436
