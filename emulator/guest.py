@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emulator import textpoke
 from emulator.agent import Agent, Call
 from emulator.cpu.interface import CPU, GuestDied, PortIO, Stop
 from emulator.cpu.libunicorn import WANTED_VERSION
 from emulator.errors import EmulatorError
+from emulator.kernel.facts import TextPokeFacts
 from emulator.machine import Machine
 from emulator.memory import Memory
 from emulator.snapshot import FORMAT, DamagedSnapshot, Snapshot, open_snapshot, save
@@ -86,6 +88,7 @@ class Guest:
         self.agent = agent
         self.release = release
         self.snapshot = snapshot
+        self.text_poke: TextPokeFacts | None = None
         self.notes: object = None if snapshot is None else snapshot.manifest.get("notes")
 
     def call(self, *calls: Call) -> list[int]:
@@ -172,7 +175,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
     from emulator.boot import BootImage, load
     from emulator.kernel import kallsyms
     from emulator.kernel.btf import Btf
-    from emulator.kernel.facts import wake_facts
+    from emulator.kernel.facts import text_poke_facts, wake_facts
     from emulator.kernel.image import KernelImage
 
     image = KernelImage.load(recipe.kernel)
@@ -195,6 +198,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
         machine.close()
         raise
     guest = Guest(machine, agent, image.version)
+    guest.text_poke = text_poke_facts(symbols, btf)
     guest.symbols = symbols
     return guest
 
@@ -236,6 +240,7 @@ def _snapshot(guest: Guest, directory: Path) -> Snapshot:
         "machine": guest.machine.state(),
         "agent": guest.agent.state(),
         "notes": guest.notes,
+        "text_poke": guest.text_poke.to_json() if guest.text_poke else None,
         "console": guest.machine.console.text()[-65536:],
     }
     return save(directory, guest.machine.memory, guest.machine.cpu.save(), guest.symbols.to_bytes(), manifest)
@@ -253,7 +258,11 @@ def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) 
         machine.console.lines.extend(str(manifest["console"]).splitlines())
         agent = Agent(machine)
         agent.load(manifest["agent"])
+        text_poke = TextPokeFacts.from_json(manifest["text_poke"]) if manifest["text_poke"] else None
     except BaseException:
         machine.close()
         raise
-    return Guest(machine, agent, str(manifest["release"]), snapshot)
+    guest = Guest(machine, agent, str(manifest["release"]), snapshot)
+    if text_poke is not None:
+        textpoke.install(machine, text_poke)
+    return guest

@@ -93,6 +93,7 @@ class Machine:
         self.port61 = Port61(now, self.pit)
         self.lapic = Lapic(now)
         self.bus = PortBus((self.pic, self.pit, self.uart, self.rtc, self.port61, _ResetPort()))
+        self._traps: dict[int, Callable[[], bool]] = {}
         self._deadline = 0
         self._blocked_since: int | None = None
         self.cpu.map_ram(0, memory.size, memory.host_address)
@@ -196,8 +197,27 @@ class Machine:
             elif stop is Stop.DEADLINE:
                 if cpu.now >= until_ns:
                     return stop
+            elif stop is Stop.TRAP:
+                if not self._traps[cpu.read("rip")]():
+                    cpu.pass_trap()
             elif stop is not Stop.WINDOW:
                 return stop
+
+    def trap(self, address: int, handler: Callable[[], bool], when: Callable[[], bool] | None = None) -> None:
+        """Call `handler` each time the guest gets to a virtual address, before the instruction there.
+
+        When it returns False the guest goes on as if nothing was; True means that it has moved RIP. `when`, if given,
+        is asked first and must be quick. Add traps before the guest runs.
+        """
+        self._traps[address] = handler
+        self.cpu.add_trap(address, when)
+
+    def return_from_call(self) -> None:
+        """Make the guest's CPU, at the entry of a function, return from it."""
+        cpu = self.cpu
+        rsp = cpu.read("rsp")
+        cpu.write("rip", int.from_bytes(self.memory.read_virtual(rsp, 8, cpu.read("cr3")), "little"))
+        cpu.write("rsp", rsp + 8)
 
     def _check_interrupts_off(self) -> None:
         now = self.cpu.now

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +45,9 @@ def mount(order: Order) -> None:
     """
     with mountpoint.lock(order.directory):
         mountpoint.check(order.directory)
-        guest = get_guest(order)
         service = _service(order)
+        log_path(service.mountpoint)
+        guest = get_guest(order)
         if order.foreground:
             _serve(guest, service, lambda: kernels.say(f"fakefs: {order.directory} is mounted; Ctrl-C unmounts"))
         else:
@@ -60,7 +61,8 @@ def get_guest(order: Order) -> Guest:
         kernels.say("fakefs: no kernel yet, fetching Debian's (once)")
         kernel = kernels.fetch()
     if not kernel.is_file():
-        raise UserError(f"{kernel}: no such kernel file", exit_status=2)
+        what = "not a file" if kernel.exists() else "no such file"
+        raise UserError(f"{kernel}: {what}; give a vmlinuz or vmlinux: fakefs kernel list", exit_status=2)
     recipe = Recipe(kernel.absolute(), order.memory, order.append)
     cache = kernels.cache_dir()
     guest = find(recipe, cache, lambda line: kernels.say(f"fakefs: {line}"))
@@ -79,7 +81,7 @@ def _service(order: Order) -> Service:
     if not order.root.startswith("/"):
         raise UserError(f"--root {order.root}: a path in the guest starts with /", exit_status=2)
     root = os.fsencode(os.path.normpath(order.root))
-    return Service(order.directory, root, order.deterministic, MountOptions.parse(order.options))
+    return Service(order.directory.absolute(), root, order.deterministic, MountOptions.parse(order.options))
 
 
 def _boot_in_child(recipe: Recipe, cache: Path) -> None:
@@ -96,16 +98,20 @@ def _boot_in_child(recipe: Recipe, cache: Path) -> None:
             _tell(writer, f"!{error}\n")
         except KeyboardInterrupt:
             status = 130
+        except BaseException as error:
+            _tell(writer, f"!booting failed: {error!r}; please report this\n")
         finally:
             os._exit(status)
     os.close(writer)
     complaint = ""
-    with os.fdopen(reader, encoding="utf-8", errors="replace") as lines, _progress() as show:
+    with os.fdopen(reader, encoding="utf-8", errors="replace") as lines, ExitStack() as stack:
+        show = None
         for line in lines:
             if complaint or line.startswith("!"):
                 complaint += line
-            else:
-                show(float(line))
+                continue
+            show = show or stack.enter_context(_progress())
+            show(float(line))
     _, status = os.waitpid(child, 0)
     if complaint:
         raise UserError(complaint[1:].rstrip())
@@ -167,7 +173,7 @@ def _serve_in_background(guest: Guest, service: Service) -> None:
         word = pipe.read()
     if word != _READY:
         os.waitpid(child, 0)
-        raise UserError(word.decode("utf-8", "replace") or "the daemon ended without a word")
+        raise UserError((word.decode("utf-8", "replace") or "the daemon ended without a word") + _reason(log))
 
 
 def _say_ready(fd: int) -> None:

@@ -129,32 +129,33 @@ def _expect(context: Context, what: str, offset: int, value: int, mask: int = (1
 
 
 def _check_registers(engine: Engine, context: Context) -> None:
+    """Each register gets a value of its own, which must be found where the register is thought to be."""
     word = 0x1234_5678_9000
-    written = {"rsp": RSP, "rcx": RCX, "r11": R11, "rip": RIP, "cr2": CR2}
-    for name, offset in written.items():
-        engine.write(name, word + offset)
+    fields = {"rsp": RSP, "rcx": RCX, "r11": R11, "rip": RIP, "cr2": CR2}
+    bases = {f"{name}_base": SEGMENTS + SEGMENT.size * number + BASE for number, name in ((FS, "fs"), (GS, "gs"))}
+    numbered = [(name, offset, word + number) for number, (name, offset) in enumerate((fields | bases).items())]
+    for name, _, value in numbered:
+        engine.write(name, value)
     engine.write("cr3", 0x0065_4000)
-    for number, name in ((FS, "fs_base"), (GS, "gs_base")):
-        engine.write(name, word + number)
-    for number, name in ((CS, "cs"), (SS, "ss")):
-        engine.write(name, 0x1000 + 8 * number)
-    for name, offset in (("tr", TR), ("gdtr", GDTR), ("idtr", IDTR)):
-        engine.write_table(name, word + offset, offset)
-    for msr, offset in ((0xC0000081, STAR), (0xC0000082, LSTAR), (0xC0000084, FMASK)):
-        engine.write_msr(msr, 0x0055_0000 + offset)
+    engine.write("cs", 0x1008)
+    engine.write("ss", 0x1010)
+    tables = (("tr", TR, 0x167), ("gdtr", GDTR, 0x267), ("idtr", IDTR, 0x367))
+    for name, _, limit in tables:
+        engine.write_table(name, word + limit, limit)
+    msrs = ((0xC0000081, STAR), (0xC0000082, LSTAR), (0xC0000084, FMASK))
+    for msr, _ in msrs:
+        engine.write_msr(msr, 0x0055_0000 | msr & 0xFF)
     context.save()
-    for name, offset in written.items():
-        _expect(context, name.upper(), offset, word + offset)
+    for name, offset, value in numbered:
+        _expect(context, name.upper(), offset, value)
     _expect(context, "CR3", CR3, 0x0065_4000)
-    for number in (FS, GS):
-        _expect(context, "the segment registers", SEGMENTS + SEGMENT.size * number + BASE, word + number)
-    if context.selector(CS) != 0x1000 + 8 * CS or context.selector(SS) != 0x1000 + 8 * SS:
+    if context.selector(CS) != 0x1008 or context.selector(SS) != 0x1010:
         raise LayoutError("the segment registers")
-    for name, offset in (("TR", TR), ("GDTR", GDTR), ("IDTR", IDTR)):
-        _expect(context, name, offset + BASE, word + offset)
-        _expect(context, name, offset + LIMIT, offset, 0xFFFF)
-    for offset in (STAR, LSTAR, FMASK):
-        _expect(context, "the SYSCALL registers", offset, 0x0055_0000 + offset)
+    for name, offset, limit in tables:
+        _expect(context, name.upper(), offset + BASE, word + limit)
+        _expect(context, name.upper(), offset + LIMIT, limit, 0xFFFF)
+    for msr, offset in msrs:
+        _expect(context, f"MSR {msr:#x}", offset, 0x0055_0000 | msr & 0xFF)
 
 
 def _check_flags(engine: Engine, context: Context, code: memoryview, code_at: int) -> None:

@@ -23,6 +23,7 @@ class Stop(enum.IntEnum):
     HYPERCALL = 5
     WINDOW = 6
     DEAD = 7
+    TRAP = 8  # in front of an instruction given to `add_trap()`
 
 
 class GuestDied(EmulatorError):
@@ -68,6 +69,19 @@ class CPU(Protocol):
 
     def watch(self, fds: Sequence[int]) -> None:
         """End a run soon (Stop.READY) once one of these descriptors (at most 8) is readable."""
+
+    def add_trap(self, address: int, when: Callable[[], bool] | None = None) -> None:
+        """End every run with Stop.TRAP in front of the instruction at a guest virtual address; RIP stands there.
+
+        `when` is asked each time, inside the run: if it says False the guest goes on at the cost of about 1 us.
+        Code translated earlier does not know: add traps before the guest runs, or use `forget_code()`.
+        """
+
+    def pass_trap(self) -> None:
+        """Let the next run execute the instruction it was stopped in front of."""
+
+    def forget_code(self, start: int, end: int) -> None:
+        """Forget translated code at guest virtual addresses start..end-1: the host wrote there."""
 
     def read(self, register: str) -> int:
         """Return a register by its name in the manual, lower case."""

@@ -128,7 +128,7 @@ def find(engine: Engine) -> Layout:
         slot = _find_exec_interrupt(memory, cpu)
         layout = Layout(cpu, env, slot)
         _check_features(engine, layout, code)
-        _check_running(engine, layout, code)
+        _check_running(engine, memory, layout, code)
         return layout
     finally:
         engine.context_restore(saved)
@@ -168,8 +168,8 @@ def _check_segments_and_msrs(engine: Engine, memory: _Memory, env: int) -> None:
         if memory.u64(env + _SEGS + SEGMENT_SIZE * index + 8, "segments") != 0x1234_5678_9000 + index:
             raise LayoutError("the segment registers")
     for msr, offset in ((_MSR_STAR, _STAR), (_MSR_LSTAR, _LSTAR), (_MSR_FMASK, _FMASK), (_MSR_TSC_AUX, _TSC_AUX)):
-        engine.write_msr(msr, 0x0055_0000 + offset)
-        if memory.u64(env + offset, "MSRs") != 0x0055_0000 + offset:
+        engine.write_msr(msr, 0x0055_0000 | msr & 0xFFFF)
+        if memory.u64(env + offset, "MSRs") != 0x0055_0000 | msr & 0xFFFF:
             raise LayoutError(f"MSR {msr:#x}")
 
 
@@ -200,10 +200,22 @@ def _check_features(engine: Engine, layout: Layout, code: int) -> None:
         word.value = before
 
 
-def _check_running(engine: Engine, layout: Layout, code: int) -> None:
-    """HLT sets `halted`; an interrupt request is looked at, in the class member found, before anything runs."""
-    halted = ctypes.c_uint32.from_address(layout.cpu + layout.cpu_halted)
-    request = ctypes.c_uint32.from_address(layout.cpu + layout.cpu_interrupt_request)
+def _check_running(engine: Engine, memory: _Memory, layout: Layout, code: int) -> None:
+    """HLT sets `halted`; an interrupt request is looked at, in the class member found, before anything runs.
+
+    Nothing is written to a place before what it holds has been seen to be right.
+    """
+    for instruction, wanted in ((b"\x0f\x0b", 0), (b"\xf4", 1)):  # UD2, at which the engine gives up; HLT
+        ctypes.memmove(code, instruction, len(instruction))
+        engine.flush_translations()
+        engine.start(_SCRATCH)
+        halted = memory.read(layout.cpu + layout.cpu_halted, 4, "the halted flag")
+        if int.from_bytes(halted, "little") != wanted:
+            raise LayoutError("the halted flag")
+    at = layout.cpu + layout.cpu_interrupt_request
+    if memory.read(at, 4, "the interrupt request word") != bytes(4):
+        raise LayoutError("the interrupt request word")
+    request = ctypes.c_uint32.from_address(at)
     slot = ctypes.c_void_p.from_address(layout.exec_interrupt_slot)
     seen: list[int] = []
 
@@ -214,16 +226,12 @@ def _check_running(engine: Engine, layout: Layout, code: int) -> None:
 
     callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int)(called)
     original = slot.value
-    ctypes.memmove(code, b"\x90\xf4", 2)  # nop; hlt
-    engine.flush_translations()
-    halted.value = 0
     try:
         slot.value = ctypes.cast(callback, ctypes.c_void_p).value
-        request.value |= _INTERRUPT_HARD
-        code_error = engine.start(_SCRATCH)
+        request.value = _INTERRUPT_HARD
+        engine.start(_SCRATCH)
     finally:
         slot.value = original
-    if code_error or halted.value != 1:
-        raise LayoutError("the halted flag")
+        request.value = 0
     if seen != [layout.cpu]:
         raise LayoutError("the interrupt request word")

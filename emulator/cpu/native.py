@@ -154,6 +154,8 @@ class NativeCPU(UnicornCPU):
         core.window = window
         reason = Stop(self._lib.core_run(core))
         self._raise_fault()
+        if self._take_trap():
+            return Stop.TRAP
         if reason is Stop.DEAD:
             detail = self.engine.lib.uc_strerror(core.error).decode() if core.error else "triple fault"
             raise GuestDied(f"the guest's CPU stopped at {self.read('rip'):#x}: {detail}")

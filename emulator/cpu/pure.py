@@ -54,6 +54,7 @@ _SYSCALL_LENGTH = 2
 _MSR_TSC_AUX = 0xC0000103
 _HLT, _STI = 0xF4, 0xFB
 _TSC_HZ = TSC_KHZ * 1000
+_CR4_COPIES = {1: (1 << 27, 1 << 18), 7: (1 << 4, 1 << 22)}  # leaf: bit of ECX and of CR4, for OSXSAVE and OSPKE
 _GENUINE_INTEL = (0x756E6547, 0x6C65746E, 0x49656E69)  # EBX, ECX, EDX
 
 Answer = tuple[int, int, int, int]
@@ -175,8 +176,9 @@ class PureCPU(UnicornCPU):
 
     @property
     def interruptible(self) -> bool:
-        self._context.save()
-        return bool(self._context.u32(saved.EFLAGS) & _IF) and not self._context.u32(saved.HFLAGS) & saved.HF_INHIBIT_IRQ
+        state = self._context
+        state.save()
+        return bool(state.u32(saved.EFLAGS) & _IF) and not state.u32(saved.HFLAGS) & saved.HF_INHIBIT_IRQ
 
     def run(self, deadline_ns: int, *, vector: int | None = None, window: bool = False) -> Stop:
         self._deadline = deadline_ns
@@ -274,7 +276,7 @@ class PureCPU(UnicornCPU):
     # ---- what the engine asks for
 
     def _answer_cpuid(self) -> int:
-        """Answer the leaves that differ from the engine's; those that depend on CR4 or XCR0 are the engine's own."""
+        """Answer the leaves that differ from the engine's; the others are left to it."""
         leaf, subleaf = self.engine.read("rax") & 0xFFFFFFFF, self.engine.read("rcx") & 0xFFFFFFFF
         if leaf == HYPERCALL_LEAF:
             self._hypercall = True
@@ -284,10 +286,9 @@ class PureCPU(UnicornCPU):
         if answer is None or (leaf == 7 and subleaf):
             return 0
         eax, ebx, ecx, edx = answer
-        if leaf == 1 and self.engine.read("cr4") & 1 << 18:
-            ecx |= 1 << 27  # OSXSAVE
-        if leaf == 7 and self.engine.read("cr4") & 1 << 22:
-            ecx |= 1 << 4  # OSPKE
+        if leaf in _CR4_COPIES:
+            bit, cr4_bit = _CR4_COPIES[leaf]
+            ecx = ecx | bit if self.engine.read("cr4") & cr4_bit else ecx & ~bit
         for register, value in (("rax", eax), ("rbx", ebx), ("rcx", ecx), ("rdx", edx)):
             self.engine.write(register, value)
         return 1
@@ -432,7 +433,7 @@ class PureCPU(UnicornCPU):
         raise GuestDied(f"the guest's page tables lead to physical {address:#x}, where there is no RAM")
 
     def _translate(self, virtual: int, write: bool) -> int:
-        """Walk the page tables (SDM vol. 3, 4.5), setting accessed and dirty bits; raise #PF as a supervisor gets it."""
+        """Walk the page tables (SDM vol. 3, 4.5), setting accessed and dirty bits; #PF as for a supervisor."""
         error = 2 if write else 0
         table = self._context.u64(saved.CR3) & _FRAME
         for shift in (39, 30, 21, 12):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_char
+from ctypes import c_char, c_uint32, c_uint64, c_void_p
 
 from emulator.cpu.interface import PortIO
-from emulator.cpu.libunicorn import Engine
+from emulator.cpu.libunicorn import HOOK_CODE, Engine
 from emulator.errors import EmulatorError
 
 HYPERCALL_LEAF = 0x46414B45
@@ -32,6 +32,42 @@ class UnicornCPU:
         self.fault: BaseException | None = None
         self.engine = Engine()
         self._ports = ports
+        self.trapped: int | None = None
+        self._pass: int | None = None
+
+    # ---- traps
+
+    def add_trap(self, address: int, when: Callable[[], bool] | None = None) -> None:
+        """End every run with Stop.TRAP in front of the instruction at a guest virtual address; RIP stands there.
+
+        `when` is asked each time, inside the run: if it says False the guest goes on at the cost of about 1 us.
+        """
+
+        def on_code(_uc: int, at: int, _size: int, _data: int) -> None:
+            if when is None or when():
+                self._on_trap(at)
+
+        callback = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)(on_code)
+        self.engine.hook(HOOK_CODE, callback, begin=address, end=address)
+
+    def pass_trap(self) -> None:
+        """Let the next run execute the instruction it was stopped in front of."""
+        self._pass = self.read("rip")
+
+    def _on_trap(self, address: int) -> None:
+        if self._pass == address:
+            self._pass = None
+        else:
+            self.trapped = address
+            self.engine.stop()
+
+    def _take_trap(self) -> bool:
+        trapped, self.trapped = self.trapped is not None, None
+        return trapped
+
+    def forget_code(self, start: int, end: int) -> None:
+        """Forget translated code at guest virtual addresses start..end-1: the host wrote there."""
+        self.engine.forget_code(start, end)
 
     # ---- device callbacks
 

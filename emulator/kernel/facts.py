@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 from emulator.errors import EmulatorError
-from emulator.kernel.btf import Btf
+from emulator.kernel.btf import Btf, BtfLookupError
 from emulator.kernel.kallsyms import Symbols
 
 _WORD = (1 << 64) - 1
@@ -48,6 +48,68 @@ class WakeFacts:
         ):
             raise EmulatorError("snapshot: the agent's facts are not of this version")
         return facts
+
+
+@dataclass(frozen=True)
+class TextPokeFacts:
+    """Where and in what form the kernel hands over the code patches it is about to make (see `emulator.textpoke`)."""
+
+    entry: int  # guest virtual address of the function that makes them
+    stext: int  # patch addresses are relative to this
+    array: int  # of the patches; 0: the function is given array and number as its arguments
+    count: int  # guest virtual address of the number of patches in `array`, which the function clears; 0 like that
+    size: int  # of one patch, bytes; offsets in it follow
+    rel_addr: int
+    length: int
+    text: int
+    queue: int  # guest virtual address of the function that puts a patch (address, text, length) into `array`
+    decoder: int  # and of insn_decode(), which it calls
+
+    def to_json(self) -> dict[str, int]:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> TextPokeFacts:
+        """Return what `to_json()` gave, checked. Raises EmulatorError."""
+        numbers: dict[str, int] = {}
+        for item in fields(cls):
+            value = values.get(item.name)
+            if type(value) is not int or not 0 <= value <= _WORD:
+                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
+            numbers[item.name] = value
+        facts = cls(**numbers)
+        if not 0 < facts.size <= 64 or max(facts.rel_addr, facts.length, facts.text) >= facts.size:
+            raise EmulatorError("snapshot: the text patching facts are not of this version")
+        return facts
+
+
+def text_poke_facts(symbols: Symbols, btf: Btf) -> TextPokeFacts | None:
+    """Look the facts up; None for a kernel that patches its code in some other way, which then is only slower."""
+    try:
+        if "smp_text_poke_batch_finish" in symbols:  # from 6.16
+            entry, patch = symbols["smp_text_poke_batch_finish"], "smp_text_poke_loc"
+            array = symbols["text_poke_array"]
+            count = array + btf.offsetof("smp_text_poke_array", "nr_entries")
+            array += btf.offsetof("smp_text_poke_array", "vec")
+            queue = "smp_text_poke_batch_add"
+        else:
+            entry, patch, array, count = symbols["text_poke_bp_batch"], "text_poke_loc", 0, 0
+            queue = "text_poke_queue"
+        return TextPokeFacts(
+            entry=entry,
+            stext=symbols["_stext"],
+            array=array,
+            count=count,
+            size=btf.sizeof(patch),
+            rel_addr=btf.offsetof(patch, "rel_addr"),
+            length=btf.offsetof(patch, "len"),
+            text=btf.offsetof(patch, "text"),
+            queue=symbols[queue],
+            decoder=symbols["insn_decode"],
+        )
+    except (KeyError, BtfLookupError):
+        return None
 
 
 def wake_facts(

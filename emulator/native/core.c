@@ -206,12 +206,12 @@ static int interruptible(struct core *c)
 	return (*u32(c->env, c->at.eflags) & RFLAGS_IF) && !(*u32(c->env, c->at.hflags) & HF_INHIBIT_IRQ);
 }
 
-static struct core *attached; /* cpu_exec_interrupt() gets no user data; there is one CPU a process for now */
+static _Thread_local struct core *running; /* cpu_exec_interrupt() gets no user data, but runs on core_run()'s thread */
 
 /* Takes the place of x86_cpu_exec_interrupt(): called by cpu_exec() while interrupt_request is not zero. */
 static _Bool on_interrupt_request(void *cpu, int request)
 {
-	struct core *c = attached;
+	struct core *c = running;
 	uint32_t *pending = u32(cpu, c->at.cpu_interrupt_request);
 
 	(void)request;
@@ -252,7 +252,6 @@ int core_attach(struct core *c)
 	uint64_t handle;
 	int err;
 
-	attached = c;
 	c->vector = -1;
 	err = c->hook_add(c->uc, &handle, HOOK_BLOCK, CALLBACK(on_block), c, 1, 0);
 	if (!err)
@@ -278,6 +277,7 @@ int core_run(struct core *c)
 {
 	uint32_t *halted = u32(c->cpu, c->at.cpu_halted);
 
+	running = c;
 	c->runs++;
 	c->reason = 0;
 	if (c->vector >= 0 || c->window)

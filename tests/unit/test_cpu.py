@@ -102,9 +102,10 @@ class Bench:
         cpu.map_ram(0, self.memory.size, self.memory.host_address)
         return cpu
 
-    def replace_cpu(self) -> None:
+    def replace_cpu(self, make: type[NativeCPU] | type[PureCPU]) -> None:
         """Put a new CPU in the place of the present one."""
         self.cpu.close()
+        self.make = make
         self.cpu = self._cpu()
 
     def _tables(self) -> None:
@@ -439,10 +440,23 @@ def test_deadline(bench: Bench) -> None:
         assert deadline <= bench.cpu.now < deadline + 100
 
 
+def test_time_is_the_same_every_time(bench: Bench) -> None:
+    def once() -> list[int]:
+        bench.cpu.now = 0
+        program = "rdtsc\n mov %eax, %r8d\n mov $30000, %ecx\n 1: loop 1b\n in $0x42, %al\n rdtsc\n sti\n hlt"
+        assert bench.run(program) is Stop.HALTED
+        return [bench.cpu.read("r8"), bench.cpu.read("rax"), bench.cpu.now]
+
+    first = once()
+    bench.replace_cpu(bench.make)
+    assert once() == first
+    assert first == sorted(first)
+
+
 def test_time_can_be_set(bench: Bench) -> None:
     bench.load("rdtsc\n 1: jmp 1b")
     bench.cpu.now = 5 * SECOND
-    bench.cpu.run(6 * SECOND)
+    assert bench.run(ns=100_000) is Stop.DEADLINE
     assert 5 * SECOND <= bench.cpu.read("rdx") << 32 | bench.cpu.read("rax") < 6 * SECOND
 
 
@@ -506,17 +520,16 @@ def test_device_may_shorten_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_memory_mapped_device(bench: Bench) -> None:
     written = []
-    bench.cpu.map_io(
-        IO_PHYSICAL, PAGE, lambda offset, size: offset, lambda offset, size, value: written.append((offset, size, value))
-    )
+    bench.cpu.map_io(IO_PHYSICAL, PAGE, lambda offset, size: offset, lambda *access: written.append(access))
     program = f"mov {IO_VIRTUAL + 0x30}, %ebp\n movl $7, {IO_VIRTUAL + 0xB0}\n int $0x80"
     bench.exception(program)
     assert bench.cpu.read("rbp") == 0x30
     assert written == [(0xB0, 4, 7)]
 
 
-def test_save_and_load(bench: Bench) -> None:
-    """A program saved in ring 3 goes on in another CPU, descriptors, MSRs and FPU included."""
+@pytest.mark.parametrize("other", [NativeCPU, PureCPU], ids=["into-native", "into-pure"])
+def test_save_and_load(bench: Bench, other: type[NativeCPU] | type[PureCPU]) -> None:
+    """A program saved in ring 3 goes on in another CPU of either kind, descriptors, MSRs and FPU included."""
     program = f"""
         mov $0x12345678, %eax; movd %eax, %xmm3
         {user()}
@@ -528,7 +541,7 @@ def test_save_and_load(bench: Bench) -> None:
     """
     assert bench.run(program) is Stop.DEADLINE
     state, now = bench.cpu.save(), bench.cpu.now
-    bench.replace_cpu()
+    bench.replace_cpu(other)
     bench.cpu.load(state)
     bench.cpu.now = now
     assert bench.cpu.read("rbp") == 0x77
@@ -542,3 +555,19 @@ def test_save_and_load(bench: Bench) -> None:
 def test_state_of_another_version(bench: Bench) -> None:
     with pytest.raises(EmulatorError, match="another Unicorn"):
         bench.cpu.load(b"x" * 100)
+
+
+def test_two_cpus_take_turns() -> None:
+    """Interrupts reach the CPU that runs, whichever was made last."""
+    benches = [Bench(make) for make in (NativeCPU, NativeCPU, PureCPU, PureCPU)]
+    for number, bench in enumerate(benches):
+        bench.load(f"mov ${number}, %ebp\n sti\n 1: jmp 1b")
+    for _ in range(2):
+        for bench in benches:
+            assert bench.run() is Stop.DEADLINE
+    for number, bench in enumerate(benches):
+        assert bench.run(vector=0x40 + number) is Stop.HALTED
+        assert (bench.frame().vector, bench.cpu.read("rbp")) == (0x40 + number, number)
+    for bench in benches:
+        bench.cpu.close()
+        bench.memory.close()
