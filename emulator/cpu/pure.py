@@ -105,7 +105,13 @@ def _prepared() -> dict[int, Answer]:
 
 
 class PureCPU(UnicornCPU):
-    """A CPU of the machine (see `interface.CPU`). Any number of them a process."""
+    """A CPU of the machine (see `interface.CPU`). Any number of them a process.
+
+    A trap must be where a block begins, as a function does: a second hook on instructions, next to the one that
+    counts them, makes all of them half as fast.
+    """
+
+    TRAP_HOOK = HOOK_BLOCK
 
     def __init__(self, ports: PortIO, index: int = 0) -> None:
         super().__init__(ports, index)
@@ -202,6 +208,8 @@ class PureCPU(UnicornCPU):
             if window:
                 count, step = min(count, step), min(2 * step, _WINDOW_SLICE)
             halted = self._run_slice(count)
+            if self._take_trap():
+                return Stop.TRAP
             if self._hypercall:
                 return Stop.HYPERCALL
             if halted:
@@ -225,10 +233,9 @@ class PureCPU(UnicornCPU):
     def _is_halted(self, begin: int, count: int) -> bool:
         """Did the slice end with HLT rather than by its count? The engine does not say.
 
-        Behind a HLT met before, a hook on the block it begins has seen it execute (a hook on the instruction would
-        make all others half as fast). The first time, STI; HLT is believed, which is what an idle kernel does. Any
-        other byte that looks like HLT is not: should it have been one, the CPU goes on behind it, as after an SMI,
-        and the loop that an idle CPU sits in brings it to the hook.
+        Behind a HLT met before, a hook on the block it begins has seen it execute. The first time, STI; HLT is
+        believed, which is what an idle kernel does. Any other byte that looks like HLT is not: should it have been
+        one, the CPU goes on behind it, as after an SMI, and the loop an idle CPU sits in brings it to the hook.
         """
         state = self._context
         state.save()
@@ -257,6 +264,10 @@ class PureCPU(UnicornCPU):
     def _end_slice(self) -> None:
         self._cut = True
         self.engine.stop()
+
+    def _on_trap(self, address: int) -> None:
+        super()._on_trap(address)
+        self._cut = self._cut or self.trapped is not None
 
     def _fail(self, error: BaseException) -> None:
         self._cut = True

@@ -27,6 +27,8 @@ _MSR_KERNEL_GS_BASE = 0xC0000102
 class UnicornCPU:
     """The part of `interface.CPU` that is the same for both."""
 
+    TRAP_HOOK = HOOK_CODE
+
     def __init__(self, ports: PortIO, index: int) -> None:
         self.index = index
         self.fault: BaseException | None = None
@@ -48,7 +50,7 @@ class UnicornCPU:
                 self._on_trap(at)
 
         callback = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)(on_code)
-        self.engine.hook(HOOK_CODE, callback, begin=address, end=address)
+        self.engine.hook(self.TRAP_HOOK, callback, begin=address, end=address)
 
     def pass_trap(self) -> None:
         """Let the next run execute the instruction it was stopped in front of."""

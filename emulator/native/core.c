@@ -62,7 +62,7 @@ int64_t core_now(const struct core *c)
 	return c->base_ns + (c->granted - c->budget) * CORE_NS_PER_BLOCK;
 }
 
-static void stop(struct core *c, int reason)
+void core_stop(struct core *c, int reason)
 {
 	c->reason = reason;
 	c->emu_stop(c->uc);
@@ -91,15 +91,17 @@ void core_shorten(struct core *c, int64_t deadline_ns)
 static void budget_used(struct core *c)
 {
 	c->budget++; /* the block that found it empty has not run yet */
+	if (watch_break_block(c))
+		return;
 	grant(c);
 	if (c->reason)
 		return;
 	if (c->budget == 0)
-		stop(c, CORE_DEADLINE);
+		core_stop(c, CORE_DEADLINE);
 	else if (__atomic_load_n(&c->stop_word, __ATOMIC_RELAXED))
-		stop(c, CORE_STOPPED);
+		core_stop(c, CORE_STOPPED);
 	else if (c->nfds > 0 && poll(c->fds, (nfds_t)c->nfds, 0) > 0)
-		stop(c, CORE_READY);
+		core_stop(c, CORE_READY);
 	else
 		c->budget--; /* it runs now */
 }
@@ -197,7 +199,7 @@ static int on_cpuid(void *uc, void *data)
 	if (leaf != c->hypercall_leaf || !c->hypercall_leaf || c->reason)
 		return 0;
 	c->hypercalls++;
-	stop(c, CORE_HYPERCALL);
+	core_stop(c, CORE_HYPERCALL);
 	return 1;
 }
 
@@ -214,8 +216,9 @@ static _Bool on_interrupt_request(void *cpu, int request)
 	struct core *c = running;
 	uint32_t *pending = u32(cpu, c->at.cpu_interrupt_request);
 
-	(void)request;
-	if (!interruptible(c))
+	if ((request & CORE_INTERRUPT_WATCH) && watch_deliver(c))
+		return 1; /* #DB comes before any interrupt */
+	if (c->reason || !interruptible(c))
 		return 0;
 	*pending &= ~CPU_INTERRUPT_HARD;
 	if (c->vector >= 0) {
@@ -230,7 +233,7 @@ static _Bool on_interrupt_request(void *cpu, int request)
 	}
 	if (c->window && !c->reason) {
 		c->window = 0;
-		stop(c, CORE_WINDOW);
+		core_stop(c, CORE_WINDOW);
 	}
 	return 0;
 }
@@ -284,6 +287,7 @@ int core_run(struct core *c)
 		*u32(c->cpu, c->at.cpu_interrupt_request) |= CPU_INTERRUPT_HARD;
 	else
 		*u32(c->cpu, c->at.cpu_interrupt_request) &= ~CPU_INTERRUPT_HARD;
+	watch_begin_run(c);
 	grant(c);
 	*halted = 0;
 	c->error = c->emu_start(c->uc, *u64(c->env, c->at.eip), 0, 0, 0);

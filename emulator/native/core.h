@@ -10,12 +10,16 @@
 #include <poll.h>
 #include <stdint.h>
 
+#include "redirect.h"
+#include "watch.h"
+
 /* Virtual time: one translation block is this many ns, and the TSC runs at 1 GHz on the same counter. */
 #define CORE_NS_PER_BLOCK 4
 #define CORE_TSC_HZ 1000000000
 /* How often a run looks at its stop word and its file descriptors: every 25,000 blocks, about 100 us of host time. */
 #define CORE_BLOCKS_PER_POLL 25000
 #define CORE_MAX_FDS 8
+#define CORE_UC_RIP 41 /* UC_X86_REG_RIP */
 
 /* Why core_run() came back. */
 enum core_reason {
@@ -26,6 +30,7 @@ enum core_reason {
 	CORE_HYPERCALL,	   /* CPUID with the magic leaf; RIP is behind it */
 	CORE_WINDOW,	   /* interrupts have just become deliverable, and a window was asked for */
 	CORE_DEAD,	   /* triple fault, or Unicorn gave up: see error */
+	CORE_WATCH = 9,	   /* watchpoints of kind WATCH_STOP were hit: see watch.hits */
 };
 
 /* Byte offsets in Unicorn's private structures, from `env` unless said otherwise. */
@@ -43,6 +48,7 @@ struct core {
 	/* Unicorn's routines. */
 	int (*emu_start)(void *uc, uint64_t begin, uint64_t until, uint64_t timeout, uint64_t count);
 	int (*emu_stop)(void *uc);
+	int (*set_rip)(void *uc, int reg, const void *value); /* uc_reg_write(): leaves the present block */
 	int (*hook_add)(void *uc, uint64_t *handle, int type, void *callback, void *data, uint64_t begin, uint64_t end, ...);
 	void (*do_interrupt)(void *cpu);
 	void (*hardirq)(void *env, int vector, int is_hardware);
@@ -68,12 +74,21 @@ struct core {
 	struct pollfd fds[CORE_MAX_FDS];
 	/* Counters for the curious and for tests. */
 	uint64_t exceptions, syscalls, interrupts, hypercalls, runs;
+	struct watch watch;
+	struct redirect redirect;
 };
+
+/* Our bit in QEMU's interrupt_request (CPU_INTERRUPT_TGT_INT_2, which its x86 does not use). */
+#define CORE_INTERRUPT_WATCH 0x2000u
+/* Byte offsets of general registers in env: QEMU's order. */
+enum { CORE_RDX = 16, CORE_RSP = 32, CORE_RSI = 48, CORE_RDI = 56 };
 
 uint64_t core_size(void);
 int core_attach(struct core *c);
 int core_run(struct core *c);
 void core_shorten(struct core *c, int64_t deadline_ns);
 int64_t core_now(const struct core *c);
+/* End the present run with a reason; from hooks. */
+void core_stop(struct core *c, int reason);
 
 #endif

@@ -432,6 +432,21 @@ def test_hypercall(bench: Bench) -> None:
     assert (bench.frame().vector, bench.cpu.read("rbp")) == (0x80, 77)
 
 
+def test_trap(bench: Bench) -> None:
+    """The CPU stops in front of a function, and goes on into it or, with RIP moved, elsewhere."""
+    program = "xor %ebp, %ebp\n lea 2f(%rip), %rbx\n 1: call 2f\n jmp 1b\n 2: inc %ebp\n ret"
+    function = CODE + len(assemble(START + program)) - 3
+    bench.cpu.add_trap(function)
+    assert bench.run(program) is Stop.TRAP
+    for passed in range(3):
+        assert (bench.cpu.read("rip"), bench.cpu.read("rbp"), bench.cpu.read("rbx")) == (function, passed, function)
+        bench.cpu.pass_trap()
+        assert bench.run() is Stop.TRAP
+    bench.cpu.write("rip", function + 2)
+    assert bench.run() is Stop.TRAP
+    assert bench.cpu.read("rbp") == 3
+
+
 def test_deadline(bench: Bench) -> None:
     bench.load("1: jmp 1b")
     before = bench.cpu.now

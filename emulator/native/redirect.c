@@ -1,0 +1,127 @@
+/*
+ * See redirect.h. At the entry of the notifier that the kernel calls for each #DB:
+ *
+ *   hits to hand over   lend the next hit's kprobe the address of the instruction behind the access, put the watched
+ *                       address into orig_ax (no other use in a #DB frame), and call the dispatcher, which returns to
+ *                       the notifier's entry, and so here
+ *   none left           put everything back as it was; the notifier runs
+ */
+#include "redirect.h"
+
+#include <string.h>
+
+#include "core.h"
+
+enum { HOOK_CODE = 4 };
+
+static uint64_t *reg(struct core *c, uint32_t offset)
+{
+	return (uint64_t *)(void *)(c->env + offset);
+}
+
+static int load(struct core *c, uint64_t at, uint64_t *value)
+{
+	const uint8_t *host = watch_host(c, at, 8);
+
+	if (host)
+		memcpy(value, host, 8);
+	return host != NULL;
+}
+
+static int store(struct core *c, uint64_t at, uint64_t value)
+{
+	uint8_t *host = watch_host(c, at, 8);
+
+	if (host)
+		memcpy(host, &value, 8);
+	return host != NULL;
+}
+
+static void return_probe(struct core *c)
+{
+	struct redirect *r = &c->redirect;
+
+	if (r->probe)
+		store(c, r->probe + r->kprobe_addr, r->probe_addr);
+	r->probe = 0;
+}
+
+/* The notifier's own arguments and the frame as they were; its code runs from here. */
+static void finish(struct core *c)
+{
+	struct redirect *r = &c->redirect;
+
+	store(c, r->regs + r->pt_regs_orig_ax, r->orig_ax);
+	*reg(c, CORE_RDI) = r->rdi;
+	*reg(c, CORE_RSI) = r->rsi;
+	*reg(c, CORE_RDX) = r->rdx;
+	r->active = 0;
+	c->watch.nhits = 0;
+}
+
+static int begin(struct core *c)
+{
+	struct redirect *r = &c->redirect;
+
+	r->rdi = *reg(c, CORE_RDI);
+	r->rsi = *reg(c, CORE_RSI);
+	r->rdx = *reg(c, CORE_RDX);
+	r->next = 0;
+	r->probe = 0;
+	return load(c, r->rdx + r->die_args_regs, &r->regs) && load(c, r->regs + r->pt_regs_orig_ax, &r->orig_ax);
+}
+
+static int call_dispatcher(struct core *c, const struct watch_hit *hit)
+{
+	struct redirect *r = &c->redirect;
+	uint64_t stack = *reg(c, CORE_RSP) - 8, dispatcher = r->dispatcher;
+
+	if (!load(c, hit->token + r->kprobe_addr, &r->probe_addr) || !store(c, stack, r->notifier))
+		return 0;
+	r->probe = hit->token;
+	store(c, hit->token + r->kprobe_addr, hit->next_ip);
+	store(c, r->regs + r->pt_regs_orig_ax, hit->watched);
+	*reg(c, CORE_RSP) = stack;
+	*reg(c, CORE_RDI) = hit->token;
+	*reg(c, CORE_RSI) = r->regs;
+	r->calls++;
+	c->set_rip(c->uc, CORE_UC_RIP, &dispatcher);
+	return 1;
+}
+
+static void on_notifier(void *uc, uint64_t address, uint32_t size, void *data)
+{
+	struct core *c = data;
+	struct redirect *r = &c->redirect;
+
+	(void)uc, (void)address, (void)size;
+	if (!r->active) {
+		if (!c->watch.nhits)
+			return;
+		if (!begin(c)) {
+			r->lost += c->watch.nhits;
+			c->watch.nhits = 0;
+			return;
+		}
+		r->active = 1;
+	}
+	return_probe(c);
+	while (r->next < c->watch.nhits) {
+		const struct watch_hit *hit = &c->watch.hits[r->next++];
+
+		if (hit->kind != WATCH_DEBUG)
+			continue;
+		if (call_dispatcher(c, hit))
+			return;
+		r->lost++;
+	}
+	finish(c);
+}
+
+int redirect_install(struct core *c)
+{
+	uint64_t handle;
+
+	return c->hook_add(c->uc, &handle, HOOK_CODE, (void *)(uintptr_t)on_notifier, c, c->redirect.notifier,
+			   c->redirect.notifier);
+}
