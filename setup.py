@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+CORE = ["core", "watch", "redirect"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 LIBRARY = ["-O2", "-g", "-fPIC", "-shared", "-Wl,-z,relro,-z,now"]
 FREESTANDING = [
@@ -29,13 +30,13 @@ class Native(Extension):
     def __init__(
         self,
         name: str,
-        source: str,
+        sources: list[str],
         flags: list[str],
         suffix: str = ".so",
         depends: list[str] | None = None,
         packages: list[str] | None = None,
     ) -> None:
-        super().__init__(name, [source], depends=depends or [])
+        super().__init__(name, sources, depends=depends or [])
         self.flags, self.suffix, self.packages = flags, suffix, packages or []
 
     def command(self, output: str) -> list[str]:
@@ -44,11 +45,16 @@ class Native(Extension):
 
 
 NATIVE = [
-    Native("emulator._core", "emulator/native/core.c", LIBRARY, depends=["emulator/native/core.h"]),
-    Native("fakefs.fuse._shim", "fakefs/fuse/shim.c", LIBRARY, packages=["fuse3"]),
+    Native(
+        "emulator._core",
+        [f"emulator/native/{part}.c" for part in CORE],
+        LIBRARY,
+        depends=[f"emulator/native/{part}.h" for part in CORE],
+    ),
+    Native("fakefs.fuse._shim", ["fakefs/fuse/shim.c"], LIBRARY, packages=["fuse3"]),
     Native(
         "emulator.guest.agent",
-        "emulator/guest/agent.c",
+        ["emulator/guest/agent.c"],
         FREESTANDING,
         suffix="",
         depends=["emulator/guest/protocol.h"],

@@ -25,6 +25,7 @@ from emulator.memory import Memory
 from emulator.snapshot import FORMAT, DamagedSnapshot, Snapshot, open_snapshot, save
 
 if TYPE_CHECKING:
+    from emulator.kernel.btf import Btf
     from emulator.kernel.kallsyms import Symbols
 
 # The window the guest's init and the host share: 1024 slots of 64 KiB, behind RAM and outside the kernel's memory map.
@@ -107,6 +108,15 @@ class Guest:
         if self.snapshot is None:
             raise EmulatorError("symbols are kept with a snapshot")
         return Symbols.from_bytes(self.snapshot.symbols())
+
+    @cached_property
+    def btf(self) -> Btf:
+        """The kernel's types."""
+        from emulator.kernel.btf import Btf
+
+        if self.snapshot is None:
+            raise EmulatorError("types are kept with a snapshot")
+        return Btf(self.snapshot.btf())
 
     def close(self) -> None:
         """Free the machine."""
@@ -200,6 +210,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
     guest = Guest(machine, agent, image.version)
     guest.text_poke = text_poke_facts(symbols, btf)
     guest.symbols = symbols
+    guest.btf = btf
     return guest
 
 
@@ -243,7 +254,9 @@ def _snapshot(guest: Guest, directory: Path) -> Snapshot:
         "text_poke": guest.text_poke.to_json() if guest.text_poke else None,
         "console": guest.machine.console.text()[-65536:],
     }
-    return save(directory, guest.machine.memory, guest.machine.cpu.save(), guest.symbols.to_bytes(), manifest)
+    return save(
+        directory, guest.machine.memory, guest.machine.cpu.save(), guest.symbols.to_bytes(), guest.btf.data, manifest
+    )
 
 
 def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) -> Guest:

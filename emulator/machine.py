@@ -93,6 +93,7 @@ class Machine:
         self.port61 = Port61(now, self.pit)
         self.lapic = Lapic(now)
         self.bus = PortBus((self.pic, self.pit, self.uart, self.rtc, self.port61, _ResetPort()))
+        self.on_watch: Callable[[], None] | None = None  # called behind an instruction that hit host watchpoints
         self._traps: dict[int, Callable[[], bool]] = {}
         self._deadline = 0
         self._blocked_since: int | None = None
@@ -200,6 +201,8 @@ class Machine:
             elif stop is Stop.TRAP:
                 if not self._traps[cpu.read("rip")]():
                     cpu.pass_trap()
+            elif stop is Stop.WATCH and self.on_watch is not None:
+                self.on_watch()
             elif stop is not Stop.WINDOW:
                 return stop
 

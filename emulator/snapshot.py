@@ -21,9 +21,9 @@ from typing import Any
 from emulator.errors import EmulatorError
 from emulator.memory import Memory
 
-FORMAT = 4
+FORMAT = 5
 _MANIFEST_MAX = 1 << 20
-_FILES = ("ram", "cpu", "symbols")
+_FILES = ("ram", "cpu", "symbols", "btf")
 
 
 class DamagedSnapshot(EmulatorError):
@@ -50,6 +50,10 @@ class Snapshot:
         """Return the kernel's symbols in their cached form."""
         return (self.directory / "symbols").read_bytes()
 
+    def btf(self) -> bytes:
+        """Return the kernel's BTF."""
+        return (self.directory / "btf").read_bytes()
+
 
 def _seal(path: Path) -> dict[str, int]:
     status = path.stat()
@@ -61,7 +65,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(directory: Path, memory: Memory, cpu_state: bytes, symbols: bytes, manifest: Mapping[str, Any]) -> Snapshot:
+def save(
+    directory: Path, memory: Memory, cpu_state: bytes, symbols: bytes, btf: bytes, manifest: Mapping[str, Any]
+) -> Snapshot:
     """Write a snapshot to `directory`, which appears complete or not at all; an older one there is replaced.
 
     Raises EmulatorError when the disk is full or not writable; nothing is left behind then.
@@ -76,6 +82,7 @@ def save(directory: Path, memory: Memory, cpu_state: bytes, symbols: bytes, mani
         memory.save(fresh / "ram")
         (fresh / "cpu").write_bytes(cpu_state)
         (fresh / "symbols").write_bytes(symbols)
+        (fresh / "btf").write_bytes(btf)
         files = {name: {"seal": _seal(fresh / name), "sha256": _sha256(fresh / name)} for name in _FILES}
         whole = {"format": FORMAT, "memory_size": memory.size, "files": files, **manifest}
         (fresh / "manifest.json").write_text(json.dumps(whole))

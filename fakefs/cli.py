@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from emulator.errors import EmulatorError
 from emulator.guest import DEFAULT_MEMORY
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see: {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked for it: that takes 30 ms, a tenth of a mount's start."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        sys.stdout.write(f"fakefs {version()}\n")
+        parser.exit()
+
+
 def _add(commands: Commands, name: str, what: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
@@ -39,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the man pages are made from it."""
     from fakefs import kernel_command
 
-    whole = argparse.ArgumentParser(
+    whole: argparse.ArgumentParser = _Parser(
         prog="fakefs",
         description="A Linux kernel's tracefs as a directory, with the kernel emulated: no root, no KVM, no risk.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole.add_argument("--version", action="version", version=f"fakefs {version()}")
+    whole.add_argument("--version", action=_Version, help="show the version and exit")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     mount = _add(
@@ -146,7 +165,8 @@ def _umount(arguments: argparse.Namespace) -> int:
     from fakefs import mountpoint
 
     mountpoint.unmount(arguments.directory, lazy=arguments.lazy)
-    mountpoint.wait_for_daemon(arguments.directory)
+    if not arguments.lazy:
+        mountpoint.wait_for_daemon(arguments.directory)
     return 0
 
 
@@ -199,6 +219,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fakefs: {where}{error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:

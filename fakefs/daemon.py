@@ -20,6 +20,7 @@ from fakefs.errors import UserError
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
+from fakefs.prepare import noted
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
 from fakefs.static import TRACEFS, StaticPaths
@@ -57,7 +58,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     watched: list[int] = []
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
-        files = GuestFiles(shadows, nursery, StaticPaths(guest.notes, TRACEFS))
+        files = GuestFiles(shadows, nursery, StaticPaths(noted(guest, "events"), TRACEFS))
         control = Control(service.mountpoint, pump, shadows, files)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:

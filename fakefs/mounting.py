@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from emulator.errors import EmulatorError
 from emulator.guest import DEFAULT_MEMORY, Guest, Recipe, find, make_snapshot
 from fakefs import kernels, mountpoint
 from fakefs.errors import UserError
-from fakefs.static import static_events
+from fakefs.prepare import look
 
 if TYPE_CHECKING:
     from fakefs.daemon import Service
@@ -43,7 +43,7 @@ def mount(order: Order) -> None:
 
     Raises UserError or EmulatorError.
     """
-    with mountpoint.lock(order.directory):
+    with mountpoint.lock(order.directory) as lock_file:
         mountpoint.check(order.directory)
         service = _service(order)
         log_path(service.mountpoint)
@@ -51,7 +51,8 @@ def mount(order: Order) -> None:
         if order.foreground:
             _serve(guest, service, lambda: kernels.say(f"fakefs: {order.directory} is mounted; Ctrl-C unmounts"))
         else:
-            _serve_in_background(guest, service)
+            _serve_in_background(guest, service, lock_file)
+            _check_root(service)
 
 
 def get_guest(order: Order) -> Guest:
@@ -81,7 +82,14 @@ def _service(order: Order) -> Service:
     if not order.root.startswith("/"):
         raise UserError(f"--root {order.root}: a path in the guest starts with /", exit_status=2)
     root = os.fsencode(os.path.normpath(order.root))
-    return Service(order.directory.absolute(), root, order.deterministic, MountOptions.parse(order.options))
+    options = MountOptions.parse(order.options)
+    if user := os.geteuid():  # the guest's root; the host's kernel, which may check permissions, does not know
+        options = replace(
+            options,
+            uid=user if options.uid is None else options.uid,
+            gid=os.getegid() if options.gid is None else options.gid,
+        )
+    return Service(order.directory.absolute(), root, order.deterministic, options)
 
 
 def _boot_in_child(recipe: Recipe, cache: Path) -> None:
@@ -92,7 +100,7 @@ def _boot_in_child(recipe: Recipe, cache: Path) -> None:
         os.close(reader)
         status = 1
         try:
-            make_snapshot(recipe, cache, lambda done: _tell(writer, f"{done:.3f}\n"), static_events)
+            make_snapshot(recipe, cache, lambda done: _tell(writer, f"{done:.3f}\n"), look)
             status = 0
         except (EmulatorError, UserError) as error:
             _tell(writer, f"!{error}\n")
@@ -147,8 +155,18 @@ def _serve(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
     daemon.run(guest, service, ready)
 
 
-def _serve_in_background(guest: Guest, service: Service) -> None:
+def _check_root(service: Service) -> None:
+    """The guest's directory of choice has to be there; that of tracing is."""
+    try:
+        os.stat(service.mountpoint)
+    except OSError as error:
+        mountpoint.unmount(service.mountpoint, lazy=True)
+        raise UserError(f"--root {os.fsdecode(service.root)}: {error.strerror} (in the guest)", exit_status=2) from None
+
+
+def _serve_in_background(guest: Guest, service: Service, lock_file: int) -> None:
     """Fork the daemon; return when it says that the mount answers, raise what it says went wrong."""
+    log = log_path(service.mountpoint)
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -157,7 +175,8 @@ def _serve_in_background(guest: Guest, service: Service) -> None:
         os.close(reader)
         status = 1
         try:
-            _detach(service.mountpoint)
+            _detach(log)
+            mountpoint.sign(lock_file)
             _serve(guest, service, lambda: _say_ready(writer))
             status = 0
         except (EmulatorError, UserError) as error:
@@ -167,6 +186,9 @@ def _serve_in_background(guest: Guest, service: Service) -> None:
             _tell_if_open(writer, f"the daemon failed: {error!r}")
             kernels.say(f"fakefs: the daemon failed: {error!r}")
         finally:
+            with suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
             os._exit(status)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
@@ -174,6 +196,17 @@ def _serve_in_background(guest: Guest, service: Service) -> None:
     if word != _READY:
         os.waitpid(child, 0)
         raise UserError((word.decode("utf-8", "replace") or "the daemon ended without a word") + _reason(log))
+
+
+def _reason(log: Path) -> str:
+    """Return what libfuse said in the log of a daemon that is no more, and remove the log: it tells nobody else."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            said = [line.strip() for line in lines if not line.startswith("fakefs: ")]
+        log.unlink()
+    except OSError:
+        return ""
+    return f" ({said[0]})" if said else ""
 
 
 def _say_ready(fd: int) -> None:
@@ -195,11 +228,11 @@ def log_path(directory: Path) -> Path:
     return runtime.socket_path(directory).with_suffix(".log")
 
 
-def _detach(directory: Path) -> None:
+def _detach(log_file: Path) -> None:
     """Leave the terminal: a session of its own, no input, output to a log."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    log = os.open(log_path(directory), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(log, 1)

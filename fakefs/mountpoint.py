@@ -92,7 +92,7 @@ def check(directory: Path) -> None:
     discard_stale(directory)
     mount = mount_at(directory)
     if mount is not None and mount.fstype == FSTYPE:
-        raise _wrong(f"{directory}: already mounted; unmount it first: fusermount3 -u {directory}")
+        raise _wrong(f"{directory}: already mounted; unmount it first: fakefs umount {directory}")
     if mount is not None:
         raise _wrong(f"{directory}: is a mount point ({mount.fstype}); give an empty directory")
     try:
@@ -108,7 +108,7 @@ def check(directory: Path) -> None:
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[None]:
+def lock(directory: Path) -> Iterator[int]:
     """Hold `directory` against other daemons of this user. Take it before `check`, keep it while mounted.
 
     The lock file lies in the user's cache and stays there, empty of meaning when nobody holds it; it dies with its
@@ -126,12 +126,18 @@ def lock(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
             holder = f"process {pid}" if pid.isdigit() else "another process"
-            raise UserError(f"{directory}: already served by {holder}; stop that one first") from None
-        os.truncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        yield
+            remedy = f"unmount it first: fakefs umount {directory}"
+            raise UserError(f"{directory}: already served by {holder}; {remedy}") from None
+        sign(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def sign(lock_file: int) -> None:
+    """Tell others who holds the lock that `lock()` gave: this process, maybe a fork of the one that took it."""
+    os.truncate(lock_file, 0)
+    os.pwrite(lock_file, b"%d\n" % os.getpid(), 0)
 
 
 def _lock_path(directory: Path) -> Path:
@@ -172,7 +178,7 @@ def _umount(directory: Path, *, lazy: bool) -> None:
             return
         message = done.stderr.decode("utf-8", "replace").strip().replace("\n", "; ") or "fusermount3 failed"
         busy = "busy" in message
-    remedy = "; close what is open in it, or unmount lazily" if busy else ""
+    remedy = "; close what is open in it, or: fakefs umount --lazy" if busy else ""
     raise UserError(f"{directory}: cannot unmount: {message}{remedy}")
 
 

@@ -7,15 +7,22 @@ import os
 import tempfile
 from pathlib import Path
 
+from fakefs.errors import UserError
+
+_REMEDY = "set XDG_RUNTIME_DIR to a directory of your own"
+
 
 def directory() -> Path:
-    """Return the user's directory for sockets, made if need be and for nobody else."""
+    """Return the user's directory for sockets, made if need be and for nobody else. Raises UserError."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "fakefs" if base else Path(tempfile.gettempdir()) / f"fakefs-{os.geteuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from None
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise PermissionError(13, "not a private directory of yours", str(path))
+        raise UserError(f"{path}: not a private directory of yours; {_REMEDY}")
     return path
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -70,6 +70,7 @@ class Shadows:
         self._nursery = nursery
         self._by_tid: dict[int, Shadow] = {}
         self._births: dict[int, trio.Event] = {}
+        self._owner = os.geteuid()
 
     def __len__(self) -> int:
         return len(self._by_tid)
@@ -107,6 +108,8 @@ class Shadows:
     # ---- birth
 
     async def _bear(self, thread: HostThread) -> Shadow:
+        if thread.uid == self._owner != 0:  # who mounts is the guest's root
+            thread = replace(thread, uid=0, gid=0, groups=())
         parent = self._by_tid.get(thread.parent)
         if parent is None or parent.lock.locked():
             parent = self.init

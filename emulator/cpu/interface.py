@@ -23,6 +23,7 @@ class Stop(enum.IntEnum):
     HYPERCALL = 5
     WINDOW = 6
     DEAD = 7
+    WATCH = 9  # behind an instruction that hit watchpoints of the host's: `watchpoints.take_hits()`
     TRAP = 8  # in front of an instruction given to `add_trap()`
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
-from functools import cache
-from pathlib import Path
+from ctypes import c_uint32, c_uint64, c_void_p
 
 from emulator.cpu import layout as layouts
 from emulator.cpu import libunicorn
+from emulator.cpu.core import OFFSETS, Core, PollFd, library
 from emulator.cpu.interface import GuestDied, PortIO, Stop
 from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
+from emulator.cpu.watchpoints import Watchpoints
 from emulator.errors import EmulatorError
 
 _POLLIN = 1
@@ -23,79 +23,15 @@ _RFLAGS_IF = 0x200
 _HF_INHIBIT_IRQ = 8
 
 
-class _PollFd(ctypes.Structure):
-    _fields_ = (("fd", c_int), ("events", c_short), ("revents", c_short))
-
-
-_OFFSETS = (
-    "eip", "eflags", "hflags", "segs", "star", "lstar", "fmask", "tsc_aux", "cpu_halted", "cpu_interrupt_request",
-)  # fmt: skip
-
-
-class _LayoutOffsets(ctypes.Structure):
-    _fields_ = tuple((name, c_uint32) for name in _OFFSETS)
-
-
-class _Core(ctypes.Structure):
-    """Mirror of `struct core` in native/core.h."""
-
-    _fields_ = (
-        ("uc", c_void_p),
-        ("cpu", c_void_p),
-        ("env", c_void_p),
-        ("emu_start", c_void_p),
-        ("emu_stop", c_void_p),
-        ("hook_add", c_void_p),
-        ("do_interrupt", c_void_p),
-        ("hardirq", c_void_p),
-        ("read_eflags", c_void_p),
-        ("write_eflags", c_void_p),
-        ("at", _LayoutOffsets),
-        ("hypercall_leaf", c_uint32),
-        ("pad", c_uint32),
-        ("base_ns", c_int64),
-        ("granted", c_int64),
-        ("budget", c_int64),
-        ("deadline_ns", c_int64),
-        ("vector", c_int32),
-        ("window", c_int32),
-        ("stop_word", c_int32),
-        ("reason", c_int32),
-        ("error", c_int32),
-        ("nfds", c_int32),
-        ("fds", _PollFd * MAX_WATCHED),
-        ("exceptions", c_uint64),
-        ("syscalls", c_uint64),
-        ("interrupts", c_uint64),
-        ("hypercalls", c_uint64),
-        ("runs", c_uint64),
-    )
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    found = sorted(Path(__file__).parent.parent.glob("_core*.so"))
-    if not found:
-        raise EmulatorError("the native part of the emulator is not built: make setup")
-    lib = ctypes.CDLL(str(found[0]))
-    lib.core_size.restype = c_uint64
-    if lib.core_size() != ctypes.sizeof(_Core):
-        raise EmulatorError("the native part of the emulator is of another version: make setup")
-    lib.core_attach.argtypes = lib.core_run.argtypes = lib.core_now.argtypes = [POINTER(_Core)]
-    lib.core_shorten.argtypes = [POINTER(_Core), c_int64]
-    lib.core_shorten.restype = None
-    lib.core_now.restype = c_int64
-    lib.core_interrupt_callback.restype = c_void_p
-    return lib
-
-
 class NativeCPU(UnicornCPU):
     """A CPU of the machine (see `interface.CPU`). One a process for now: QEMU's interrupt routine has no user data."""
 
     def __init__(self, ports: PortIO, index: int = 0) -> None:
         super().__init__(ports, index)
+        self.watchpoints: Watchpoints | None = None
+        self.no_watchpoints = "there is no RAM yet"
         self.layout = layouts.find(self.engine)
-        self._lib = _library()
+        self._lib = library()
         self._core = self._attach()
         self.engine.hook_ports(self._port_read, self._port_write)
         for name, bits in FEATURES_ON.items():
@@ -109,12 +45,13 @@ class NativeCPU(UnicornCPU):
         }
         self._general["rip"] = c_uint64.from_address(self.layout.env + self.layout.eip)
 
-    def _attach(self) -> _Core:
-        core, at = _Core(), self.layout
+    def _attach(self) -> Core:
+        core, at = Core(), self.layout
         core.uc, core.cpu, core.env = self.engine.handle, at.cpu, at.env
         for member, symbol in (
             ("emu_start", "uc_emu_start"),
             ("emu_stop", "uc_emu_stop"),
+            ("set_rip", "uc_reg_write"),
             ("hook_add", "uc_hook_add"),
             ("do_interrupt", "x86_cpu_do_interrupt_x86_64"),
             ("hardirq", "do_interrupt_x86_hardirq_x86_64"),
@@ -122,7 +59,7 @@ class NativeCPU(UnicornCPU):
             ("write_eflags", "helper_write_eflags_x86_64"),
         ):
             setattr(core, member, libunicorn.address(symbol))
-        for name in _OFFSETS:
+        for name in OFFSETS:
             setattr(core.at, name, getattr(at, name))
         core.hypercall_leaf = HYPERCALL_LEAF
         error = self._lib.core_attach(core)
@@ -130,6 +67,14 @@ class NativeCPU(UnicornCPU):
             raise libunicorn.UnicornError("uc_hook_add", error)
         c_void_p.from_address(at.exec_interrupt_slot).value = self._lib.core_interrupt_callback()
         return core
+
+    def map_ram(self, physical: int, size: int, host_address: int) -> None:
+        super().map_ram(physical, size, host_address)
+        if physical == 0:
+            try:
+                self.watchpoints = Watchpoints(self._core, self.engine, self.layout, host_address, size)
+            except EmulatorError as error:
+                self.no_watchpoints = str(error)
 
     # ---- time
 
@@ -171,7 +116,7 @@ class NativeCPU(UnicornCPU):
         if len(fds) > MAX_WATCHED:
             raise ValueError(f"at most {MAX_WATCHED} descriptors can be watched")
         for slot, fd in enumerate(fds):
-            self._core.fds[slot] = _PollFd(fd, _POLLIN, 0)
+            self._core.fds[slot] = PollFd(fd, _POLLIN, 0)
         self._core.nfds = len(fds)
 
     @property

@@ -141,6 +141,11 @@ class Btf:
 
     # ---- questions by name ----
 
+    @property
+    def data(self) -> bytes:
+        """The blob."""
+        return self._data
+
     def find(self, kind: Kind, name: str) -> Type:
         """The first type of that kind and name: of this blob, else of its base."""
         return self.type(self._find((kind,), name))

@@ -1,0 +1,159 @@
+"""The ctypes mirror of the native part: `struct core` and what is in it (native/core.h, watch.h, redirect.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from emulator.cpu.unicorn_cpu import MAX_WATCHED
+from emulator.errors import EmulatorError
+
+OFFSETS = (
+    "eip", "eflags", "hflags", "segs", "star", "lstar", "fmask", "tsc_aux", "cpu_halted", "cpu_interrupt_request",
+)  # fmt: skip
+WATCH_OFFSETS = ("cpu_cflags_next_tb", "cpu_icount", "env_dr", "env_watchpoint", "env_cr")
+_MAX_HITS = 64
+
+
+class PollFd(ctypes.Structure):
+    """struct pollfd of poll(2)."""
+
+    _fields_ = (("fd", c_int), ("events", c_short), ("revents", c_short))
+
+
+class LayoutOffsets(ctypes.Structure):
+    """struct core_layout."""
+
+    _fields_ = tuple((name, c_uint32) for name in OFFSETS)
+
+
+class WatchOffsets(ctypes.Structure):
+    """struct watch_offsets."""
+
+    _fields_ = (*((name, c_uint32) for name in WATCH_OFFSETS), ("pad", c_uint32))
+
+
+class WatchHit(ctypes.Structure):
+    """struct watch_hit."""
+
+    _fields_ = (
+        ("token", c_uint64),
+        ("address", c_uint64),
+        ("length", c_uint64),
+        ("ip", c_uint64),
+        ("next_ip", c_uint64),
+        ("watched", c_uint64),
+        ("old", c_uint64),
+        ("access", c_uint32),
+        ("kind", c_uint32),
+    )
+
+
+class Watch(ctypes.Structure):
+    """struct watch."""
+
+    _fields_ = (
+        ("restore_state", c_void_p),
+        ("loop_exit", c_void_p),
+        ("flush_tlb", c_void_p),
+        ("at", WatchOffsets),
+        ("ram", c_void_p),
+        ("ram_size", c_uint64),
+        ("handler_low", c_uint64),
+        ("handler_high", c_uint64),
+        ("nhits", c_uint32),
+        ("nstops", c_uint32),
+        ("hits", WatchHit * _MAX_HITS),
+        ("checks", c_uint64),
+        ("matches", c_uint64),
+        ("delivered", c_uint64),
+        ("dropped", c_uint64),
+    )
+
+
+class Redirect(ctypes.Structure):
+    """struct redirect."""
+
+    _fields_ = (
+        ("notifier", c_uint64),
+        ("dispatcher", c_uint64),
+        ("die_args_regs", c_uint32),
+        ("pt_regs_orig_ax", c_uint32),
+        ("kprobe_addr", c_uint32),
+        ("active", c_uint32),
+        ("next", c_uint32),
+        ("pad", c_uint32),
+        ("rdi", c_uint64),
+        ("rsi", c_uint64),
+        ("rdx", c_uint64),
+        ("regs", c_uint64),
+        ("orig_ax", c_uint64),
+        ("probe", c_uint64),
+        ("probe_addr", c_uint64),
+        ("calls", c_uint64),
+        ("lost", c_uint64),
+    )
+
+
+class Core(ctypes.Structure):
+    """struct core."""
+
+    _fields_ = (
+        ("uc", c_void_p),
+        ("cpu", c_void_p),
+        ("env", c_void_p),
+        ("emu_start", c_void_p),
+        ("emu_stop", c_void_p),
+        ("set_rip", c_void_p),
+        ("hook_add", c_void_p),
+        ("do_interrupt", c_void_p),
+        ("hardirq", c_void_p),
+        ("read_eflags", c_void_p),
+        ("write_eflags", c_void_p),
+        ("at", LayoutOffsets),
+        ("hypercall_leaf", c_uint32),
+        ("pad", c_uint32),
+        ("base_ns", c_int64),
+        ("granted", c_int64),
+        ("budget", c_int64),
+        ("deadline_ns", c_int64),
+        ("vector", c_int32),
+        ("window", c_int32),
+        ("stop_word", c_int32),
+        ("reason", c_int32),
+        ("error", c_int32),
+        ("nfds", c_int32),
+        ("fds", PollFd * MAX_WATCHED),
+        ("exceptions", c_uint64),
+        ("syscalls", c_uint64),
+        ("interrupts", c_uint64),
+        ("hypercalls", c_uint64),
+        ("runs", c_uint64),
+        ("watch", Watch),
+        ("redirect", Redirect),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load the native part. Raises EmulatorError when it is not built, or not of this version."""
+    found = sorted(Path(__file__).parent.parent.glob("_core*.so"))
+    if not found:
+        raise EmulatorError("the native part of the emulator is not built: make setup")
+    lib = ctypes.CDLL(str(found[0]))
+    lib.core_size.restype = c_uint64
+    if lib.core_size() != ctypes.sizeof(Core):
+        raise EmulatorError("the native part of the emulator is of another version: make setup")
+    lib.core_attach.argtypes = lib.core_run.argtypes = lib.core_now.argtypes = [POINTER(Core)]
+    lib.core_shorten.argtypes = [POINTER(Core), c_int64]
+    lib.core_shorten.restype = None
+    lib.core_now.restype = c_int64
+    lib.core_interrupt_callback.restype = c_void_p
+    lib.watch_install.argtypes = [POINTER(Core), c_void_p * 5]
+    lib.watch_add.argtypes = [POINTER(Core), c_uint64, c_uint64, c_uint32, c_uint32, c_uint64]
+    lib.watch_move.argtypes = [POINTER(Core), c_int, c_uint64]
+    lib.watch_remove.argtypes = [POINTER(Core), c_int]
+    lib.redirect_install.argtypes = [POINTER(Core)]
+    return lib

@@ -1,0 +1,20 @@
+"""What is looked up in a guest once, when it has booted, and kept with its snapshot for every mount to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emulator.guest import Guest
+from fakefs.static import static_events
+from fakefs.wprobe.carrier import carrier_facts
+
+
+def look(guest: Guest) -> dict[str, Any]:
+    """Return the notes for a snapshot of a just booted guest. Raises EmulatorError when its kernel is of no use."""
+    carrier = carrier_facts(guest)
+    return {"events": static_events(guest), "carrier": carrier.to_json() if carrier else None}
+
+
+def noted(guest: Guest, what: str) -> object:
+    """Return one of the notes of a guest's snapshot; None when it has none."""
+    return guest.notes.get(what) if isinstance(guest.notes, dict) else None

@@ -1,0 +1,160 @@
+"""Carriers: the guest's kernel records wprobe hits as events of a kprobe that itself never runs.
+
+A wprobe gets a kprobe event of its group and name on a function nobody calls. When its watchpoint is hit, the emulator
+raises #DB and has the guest's kernel call that kprobe's handler from there (native/redirect.c). The record is laid out
+as a wprobe's would be, so filters, triggers, histograms, instances and raw pages are the kernel's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from emulator.cpu.watchpoints import Access, Kind, Watchpoints
+from emulator.errors import EmulatorError
+from emulator.guest import Guest
+from emulator.kernel.btf import BtfLookupError
+from emulator.memory import BadAddress
+
+FUNCTION = "emergency_restart"
+_WORD = (1 << 64) - 1
+_EVENTS_MAX = 65536
+_NAME_MAX = 64
+_DEBUG_VECTOR = 1
+_GATE_SIZE = 16
+_IST_AT = 4  # in a gate (Intel SDM vol. 3, 7.14.1)
+_HANDLER_STACK = 8192  # EXCEPTION_STKSZ (arch/x86/include/asm/page_64_types.h)
+
+
+@dataclass(frozen=True)
+class CarrierFacts:
+    """Guest virtual addresses, and byte offsets in the kernel's structures."""
+
+    notifier: int
+    dispatcher: int
+    die_args_regs: int
+    pt_regs_orig_ax: int
+    kprobe_addr: int
+    events: int  # dyn_event_list
+    event_list: int  # of the list node, in trace_kprobe
+    kprobe: int  # in trace_kprobe
+    probe_event: int  # of the pointer to the trace_probe_event, in trace_kprobe
+    call: int  # in trace_probe_event
+    call_name: int  # in trace_event_call
+    call_class: int
+    class_system: int
+    stack_low: int  # of the #DB handler
+    stack_high: int
+
+    def to_json(self) -> dict[str, int]:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> CarrierFacts:
+        """Return what `to_json()` gave, checked. Raises EmulatorError."""
+        if not isinstance(values, Mapping):
+            raise EmulatorError("this kernel cannot carry wprobes")
+        numbers: dict[str, int] = {}
+        for item in fields(cls):
+            value = values.get(item.name)
+            if type(value) is not int or not 0 <= value <= _WORD:
+                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
+            numbers[item.name] = value
+        return cls(**numbers)
+
+
+def carrier_facts(guest: Guest) -> CarrierFacts | None:
+    """Look the facts up in a just booted guest; None when its kernel lacks something."""
+    symbols, btf = guest.symbols, guest.btf
+    try:
+        low, high = _handler_stack(guest)
+        return CarrierFacts(
+            notifier=symbols["hw_breakpoint_exceptions_notify"],
+            dispatcher=symbols["kprobe_dispatcher"],
+            die_args_regs=btf.offsetof("die_args", "regs"),
+            pt_regs_orig_ax=btf.offsetof("pt_regs", "orig_ax"),
+            kprobe_addr=btf.offsetof("kprobe", "addr"),
+            events=symbols["dyn_event_list"],
+            event_list=btf.offsetof("trace_kprobe", "devent.list"),
+            kprobe=btf.offsetof("trace_kprobe", "rp.kp"),
+            probe_event=btf.offsetof("trace_kprobe", "tp.event"),
+            call=btf.offsetof("trace_probe_event", "call"),
+            call_name=btf.offsetof("trace_event_call", "name"),
+            call_class=btf.offsetof("trace_event_call", "class"),
+            class_system=btf.offsetof("trace_event_class", "system"),
+            stack_low=low,
+            stack_high=high,
+        )
+    except (KeyError, BtfLookupError, BadAddress):
+        return None
+
+
+def _handler_stack(guest: Guest) -> tuple[int, int]:
+    """Return the bounds of the stack the guest's IDT and TSS give to #DB."""
+    cpu, memory, symbols = guest.machine.cpu, guest.machine.memory, guest.symbols
+    cr3 = cpu.read("cr3")
+    gate = memory.read_virtual(symbols["idt_table"] + _DEBUG_VECTOR * _GATE_SIZE, _GATE_SIZE, cr3)
+    stack = gate[_IST_AT] & 7
+    per_cpu = max(cpu.read("gs_base"), cpu.read("kernel_gs_base"))  # user mode has the other, which is lower
+    at = symbols["cpu_tss_rw"] + per_cpu + guest.btf.offsetof("x86_hw_tss", "ist") + 8 * (stack - 1) & _WORD
+    high = int.from_bytes(memory.read_virtual(at, 8, cr3), "little")
+    return high - _HANDLER_STACK, high
+
+
+class Carriers:
+    """Finds carriers in the guest and puts watchpoints behind them."""
+
+    def __init__(self, guest: Guest, facts: CarrierFacts) -> None:
+        """Raises EmulatorError when the CPU has no watchpoints."""
+        self._machine = guest.machine
+        self._facts = facts
+        watchpoints = getattr(guest.machine.cpu, "watchpoints", None)
+        if not isinstance(watchpoints, Watchpoints):
+            raise EmulatorError(f"no watchpoints: {getattr(guest.machine.cpu, 'no_watchpoints', 'not with this CPU')}")
+        self.watchpoints = watchpoints
+        watchpoints.ignore_handler_stack(facts.stack_low, facts.stack_high)
+        watchpoints.redirect(
+            facts.notifier,
+            facts.dispatcher,
+            die_args_regs=facts.die_args_regs,
+            pt_regs_orig_ax=facts.pt_regs_orig_ax,
+            kprobe_addr=facts.kprobe_addr,
+        )
+
+    def find(self, group: str, event: str) -> int | None:
+        """Return the guest address of the kprobe of event `group`/`event`; None when there is none."""
+        facts, at = self._facts, self._facts.events
+        try:
+            for _ in range(_EVENTS_MAX):
+                at = self._pointer(at)
+                if at == facts.events:
+                    return None
+                probe = at - facts.event_list
+                if self._names(probe) == (group.encode(), event.encode()):
+                    return probe + facts.kprobe
+        except BadAddress:
+            return None
+        return None
+
+    def _names(self, probe: int) -> tuple[bytes, bytes] | None:
+        """Return group and name, if this is a trace_kprobe; other dynamic events lead anywhere."""
+        facts = self._facts
+        try:
+            call = self._pointer(probe + facts.probe_event) + facts.call
+            system = self._pointer(self._pointer(call + facts.call_class) + facts.class_system)
+            return self._string(system), self._string(self._pointer(call + facts.call_name))
+        except BadAddress:
+            return None
+
+    def _pointer(self, at: int) -> int:
+        return int.from_bytes(self._machine.memory.read_virtual(at, 8, self._machine.cpu.read("cr3")), "little")
+
+    def _string(self, at: int) -> bytes:
+        cr3 = self._machine.cpu.read("cr3")
+        room = min(_NAME_MAX, 4096 - at % 4096)
+        return self._machine.memory.read_virtual(at, room, cr3).split(b"\0", 1)[0]
+
+    def arm(self, kprobe: int, address: int, length: int, access: Access) -> int:
+        """Watch for a carrier; return the watchpoint's number. Raises EmulatorError."""
+        return self.watchpoints.add(address, length, access, Kind.DEBUG, kprobe)
