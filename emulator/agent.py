@@ -100,6 +100,11 @@ class Agent:
         """The guest's init."""
         return self.tasks[0]
 
+    @property
+    def quiet_address(self) -> int:
+        """A kernel virtual address, divisible by 8, that nothing in the guest ever reads or writes."""
+        return 0 if self.facts is None else self.facts.direct_map + self._page + PAGE - 8
+
     # ---- slots
 
     def new_task(self) -> Task:

@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     )
     mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="mount options: uid=, gid=, mode=, ro")
     mount.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
+    mount.add_argument(
+        "--wprobe",
+        choices=("unlimited", "strict", "off"),
+        default="unlimited",
+        help="watchpoints: any number (default), four as on hardware, or none",
+    )
     mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
     mount.set_defaults(run=_mount)
 
@@ -155,6 +161,7 @@ def _mount(arguments: argparse.Namespace) -> int:
             root=arguments.root,
             options=arguments.options,
             deterministic=arguments.deterministic,
+            wprobe=arguments.wprobe,
             foreground=arguments.foreground,
         )
     )

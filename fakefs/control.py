@@ -104,8 +104,8 @@ class Control:
                 if request is None:
                     return
                 await self._do(request, connection)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client is gone
 
     async def _do(self, request: dict[str, Any], connection: Connection) -> None:
         match request:

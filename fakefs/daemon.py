@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -16,7 +15,7 @@ from emulator.cpu.interface import GuestDied
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
 from fakefs.control import Control
-from fakefs.errors import UserError
+from fakefs.errors import UserError, first_of
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
@@ -25,6 +24,9 @@ from fakefs.pump import Pump
 from fakefs.shadow import Shadows
 from fakefs.static import TRACEFS, StaticPaths
 from fakefs.syscalls import Sys
+from fakefs.wprobe.carrier import CarrierFacts, Carriers
+from fakefs.wprobe.files import WprobeFiles
+from fakefs.wprobe.table import Table, TableFacts
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Service:
     mountpoint: Path
     root: bytes = TRACEFS
     deterministic: bool = False
+    wprobe: str = "unlimited"  # or "strict", like four debug registers, or "off"
     options: MountOptions = field(default_factory=MountOptions)
 
 
@@ -45,12 +48,7 @@ def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
         expected, other = group.split((UserError, EmulatorError))
         if expected is None or other is not None:
             raise
-        raise _first(expected) from None
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+        raise first_of(expected) from None
 
 
 async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
@@ -58,7 +56,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     watched: list[int] = []
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
-        files = GuestFiles(shadows, nursery, StaticPaths(noted(guest, "events"), TRACEFS))
+        files = _files(guest, service, shadows, nursery)
         control = Control(service.mountpoint, pump, shadows, files)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
@@ -72,6 +70,20 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
 
         await serve(files, service.mountpoint, root=service.root, options=service.options, ready=mounted)
         nursery.cancel_scope.cancel()
+
+
+def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:
+    """Return the guest's files, with wprobes unless they are not wanted or this kernel cannot carry them."""
+    is_static = StaticPaths(noted(guest, "events"), TRACEFS)
+    if service.wprobe == "off":
+        return GuestFiles(shadows, nursery, is_static)
+    try:
+        carriers = Carriers(guest, CarrierFacts.from_json(noted(guest, "carrier")))
+        table = Table(guest, TableFacts.from_json(noted(guest, "table")), carriers, strict=service.wprobe == "strict")
+    except EmulatorError as error:
+        print(f"fakefs: no wprobes: {error}", file=sys.stderr, flush=True)
+        return GuestFiles(shadows, nursery, is_static)
+    return WprobeFiles(shadows, nursery, is_static, table)
 
 
 async def _keep_running(pump: Pump, watched: list[int]) -> None:

@@ -12,3 +12,9 @@ class UserError(Exception):
     def __init__(self, message: str, *, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first exception in a group that is none itself: what a nursery raises, for those that want one."""
+    inner = group.exceptions[0]
+    return first_of(inner) if isinstance(inner, BaseExceptionGroup) else inner

@@ -41,9 +41,10 @@ class Interrupt(Protocol):
 
 
 class OpenFile(Protocol):
-    """A file held open in the guest."""
+    """A file held open in the guest. One that is not `seekable` gives ESPIPE to lseek(2) and pread(2)."""
 
     flags: int
+    seekable: bool
 
 
 class Files(Protocol):
@@ -60,7 +61,7 @@ class Files(Protocol):
     ) -> int: ...
     async def close(self, file: OpenFile) -> None: ...
     async def poll(self, caller: Caller, file: OpenFile, events: int, notify: Callable[[], None] | None) -> int:
-        """Return the ready events of poll(2); when none is and `notify` is given, call it once when one becomes ready."""
+        """Return the ready events of poll(2); when there are none, call `notify` (if given) once there are."""
 
     async def mkdir(self, caller: Caller, path: bytes, mode: int) -> None: ...
     async def rmdir(self, caller: Caller, path: bytes) -> None: ...

@@ -43,14 +43,15 @@ _LIVE_FLAGS = os.O_NONBLOCK | os.O_APPEND
 class GuestFile:
     """An open file of the guest. Its descriptor is shared by all shadows; `position` is where the guest's is."""
 
-    __slots__ = ("fd", "flags", "live_flags", "opener", "path", "poller", "position")
+    __slots__ = ("fd", "flags", "live_flags", "opener", "path", "poller", "position", "seekable")
 
-    def __init__(self, fd: int, path: bytes, flags: int, opener: int) -> None:
+    def __init__(self, fd: int, path: bytes, flags: int, opener: int, seekable: bool) -> None:
         self.fd = fd
         self.path = path
         self.flags = flags
         self.live_flags = flags & _LIVE_FLAGS
         self.opener = opener
+        self.seekable = seekable
         self.position = 0
         self.poller: _Poller | None = None
 
@@ -87,6 +88,7 @@ class GuestFiles:
         self._nursery = nursery
         self._is_static = is_static
         self._kept: dict[bytes, Stat] = {}
+        self._seekable: dict[bytes, bool] = {}
 
     def forget_attributes(self) -> None:
         """Forget what is kept of attributes: something other than this mount may have changed them."""
@@ -182,7 +184,13 @@ class GuestFiles:
             self._agent.put(shadow.task, _PATH, path + b"\0")
             call = (Sys.OPENAT, _AT_FDCWD, shadow.task.virtual(_PATH), flags | os.O_CLOEXEC, mode)
             fd = _check((await self._pump.call(shadow.task, [call]))[0])
-        return GuestFile(fd, path, flags, caller.tid)
+            seekable = self._seekable.get(path)
+            if seekable is None:
+                [result] = await self._pump.call(shadow.task, [(Sys.LSEEK, fd, 0, os.SEEK_CUR)])
+                seekable = result != -errno.ESPIPE
+                if self._is_static(path):
+                    self._seekable[path] = seekable
+        return GuestFile(fd, path, flags, caller.tid, seekable)
 
     async def read(self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt) -> bytes:
         """read(2) by the caller's shadow, at `offset`; a signal to the caller ends it with EINTR."""
@@ -227,7 +235,7 @@ class GuestFiles:
         if live != file.live_flags:
             file.live_flags = live
             calls.append((Sys.FCNTL, file.fd, _F_SETFL, file.flags & ~_LIVE_FLAGS & ~os.O_TRUNC | live))
-        if offset != file.position:
+        if file.seekable and offset != file.position:
             calls.append((Sys.LSEEK, file.fd, offset, os.SEEK_SET))
         return calls
 

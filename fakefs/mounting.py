@@ -34,6 +34,7 @@ class Order:
     root: str = "/sys/kernel/tracing"
     options: str = ""
     deterministic: bool = False
+    wprobe: str = "unlimited"
     foreground: bool = False
     extra: dict[str, str] = field(default_factory=dict)
 
@@ -89,7 +90,7 @@ def _service(order: Order) -> Service:
             uid=user if options.uid is None else options.uid,
             gid=os.getegid() if options.gid is None else options.gid,
         )
-    return Service(order.directory.absolute(), root, order.deterministic, options)
+    return Service(order.directory.absolute(), root, order.deterministic, order.wprobe, options)
 
 
 def _boot_in_child(recipe: Recipe, cache: Path) -> None:

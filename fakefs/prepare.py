@@ -7,12 +7,17 @@ from typing import Any
 from emulator.guest import Guest
 from fakefs.static import static_events
 from fakefs.wprobe.carrier import carrier_facts
+from fakefs.wprobe.table import table_facts
 
 
 def look(guest: Guest) -> dict[str, Any]:
     """Return the notes for a snapshot of a just booted guest. Raises EmulatorError when its kernel is of no use."""
-    carrier = carrier_facts(guest)
-    return {"events": static_events(guest), "carrier": carrier.to_json() if carrier else None}
+    carrier, table = carrier_facts(guest), table_facts(guest)
+    return {
+        "events": static_events(guest),
+        "carrier": carrier.to_json() if carrier else None,
+        "table": table.to_json() if table else None,
+    }
 
 
 def noted(guest: Guest, what: str) -> object:

@@ -16,6 +16,7 @@ from typing import Protocol
 import trio
 
 from emulator.agent import CALL_SPAWN, SLOT_CALLS, Call, Task, strings
+from fakefs.errors import first_of
 from fakefs.frames import ERROR, EXIT, SIGNAL, STDERR, STDIN, STDOUT
 from fakefs.pump import Pump
 from fakefs.shadow import CLONE_ARGS, Shadow, Shadows
@@ -45,8 +46,8 @@ async def run_program(pump: Pump, shadows: Shadows, argv: Sequence[str], env: di
     program = _Program(pump, shadows, client)
     try:
         await program.run([os.fsencode(word) for word in argv], [os.fsencode(f"{k}={v}") for k, v in env.items()])
-    except OSError as error:
-        await client.send(ERROR, f"{argv[0]}: {error.strerror}".encode())
+    except* OSError as errors:
+        await client.send(ERROR, f"{argv[0]}: {os.strerror(getattr(first_of(errors), 'errno', errno.EIO))}".encode())
     finally:
         with trio.CancelScope(shield=True):
             await program.close()

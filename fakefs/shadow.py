@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -174,17 +175,15 @@ class Shadows:
         await _wait_for_exit(shadow.tid)
         if self._by_tid.get(shadow.tid) is shadow:
             del self._by_tid[shadow.tid]
-        try:
-            await self.end(shadow)
-        except OSError:
-            return  # the guest is dead, and so is the shadow
+        await self.end(shadow)
 
     async def end(self, shadow: Shadow) -> None:
         """Make a shadow exit and take its slot back. One that is blocked is interrupted first."""
         async with trio.open_nursery() as nursery:
             if shadow.lock.locked():
                 nursery.start_soon(self._keep_interrupting, shadow)
-            await self._exit(shadow)
+            with suppress(OSError):  # the guest is dead, and so is the shadow
+                await self._exit(shadow)
             nursery.cancel_scope.cancel()
 
     async def _exit(self, shadow: Shadow) -> None:
@@ -211,10 +210,16 @@ class Shadows:
             return request.results
         signalled = trio.Event()
         interrupt.on_interrupt(signalled.set)
+        dead: OSError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._interrupt_when, signalled, shadow)
-            await self.pump.finish(request, holds_clock=holds_clock)
+            try:
+                await self.pump.finish(request, holds_clock=holds_clock)
+            except OSError as error:
+                dead = error  # raised in here, the nursery would make a group of it
             nursery.cancel_scope.cancel()
+        if dead is not None:
+            raise dead
         return request.results
 
     async def _interrupt_when(self, signalled: trio.Event, shadow: Shadow) -> None:
@@ -222,9 +227,10 @@ class Shadows:
         await self._keep_interrupting(shadow)
 
     async def _keep_interrupting(self, shadow: Shadow) -> None:
-        while True:
-            await self._kill(shadow, signal.SIGINT)
-            await trio.sleep(_SIGNAL_AGAIN)
+        with suppress(OSError):  # the guest is dead
+            while True:
+                await self._kill(shadow, signal.SIGINT)
+                await trio.sleep(_SIGNAL_AGAIN)
 
 
 async def _wait_for_exit(tid: int) -> None:

@@ -37,6 +37,7 @@ class Node:
 class FakeOpen:
     node: Node
     flags: int
+    seekable: bool = True
 
 
 def fail(name: str) -> OSError:

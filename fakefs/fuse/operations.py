@@ -295,7 +295,7 @@ class GuestOperations(pyfuse3.Operations):
         handle = self._handle()
         self._open_files[handle] = file
         # st_size is 0 on a tracefs: only direct I/O reads past it.
-        return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+        return FileInfo(fh=handle, direct_io=True, keep_cache=False, nonseekable=not file.seekable)
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Watchpoint probes, `w:` dynamic events, on a guest whose kernel has none: their grammar, errors, read-back and states.
+"""Watchpoint probes, `w:` dynamic events, on a guest whose kernel has none: grammar, errors, read-back and states.
 
-Pure logic: nothing here touches the guest, FUSE or trio. Lines are `str` decoded as latin-1, so that a column is a byte.
+Pure logic: nothing here touches the guest, FUSE or trio. Lines are `str`, decoded as latin-1: a column is a byte.
 """

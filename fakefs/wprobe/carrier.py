@@ -155,6 +155,10 @@ class Carriers:
         room = min(_NAME_MAX, 4096 - at % 4096)
         return self._machine.memory.read_virtual(at, room, cr3).split(b"\0", 1)[0]
 
+    def call_of(self, kprobe: int) -> int:
+        """Return the guest address of the trace_event_call of a carrier `find()` found."""
+        return self._pointer(kprobe - self._facts.kprobe + self._facts.probe_event) + self._facts.call
+
     def arm(self, kprobe: int, address: int, length: int, access: Access) -> int:
         """Watch for a carrier; return the watchpoint's number. Raises EmulatorError."""
         return self.watchpoints.add(address, length, access, Kind.DEBUG, kprobe)

@@ -1,0 +1,64 @@
+"""The guest's symbols and BTF, as the parsers of wprobe commands ask for them."""
+
+from __future__ import annotations
+
+from emulator.guest import Guest
+from emulator.kernel.btf import BtfError
+from fakefs.wprobe.typecast import Member
+
+
+class GuestSymbols:
+    """Symbols of the guest's kernel. `dummy` is an address in a page of the guest's init that nothing touches."""
+
+    def __init__(self, guest: Guest, dummy: int) -> None:
+        self._guest = guest
+        self.dummy = dummy
+
+    def lookup(self, name: str) -> int | None:
+        """Return the kernel address of a symbol, data or text."""
+        try:
+            return self._guest.symbols[name]
+        except KeyError:
+            return None
+
+
+class GuestStructs:
+    """Structures of the guest's kernel."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def known(self, struct: str) -> bool:
+        """Is there a structure or union of that name?"""
+        try:
+            self._guest.btf.struct(struct)
+        except BtfError:
+            return False
+        return True
+
+    def member(self, struct: str, path: str) -> Member | None:
+        """Return a member of a known structure; None when it has none of that path."""
+        btf = self._guest.btf
+        try:
+            member = btf.member(struct, path)
+        except BtfError:
+            return None
+        bitfield = bool(member.bit_size)
+        described = btf.describe(member.type)
+        return Member(member.offset, _fetch_type(described, member.size), _pointee(described), bitfield)
+
+
+def _fetch_type(described: str, size: int) -> str | None:
+    """Return the fetch argument type of an integer of a C type; None for what is read as x64."""
+    signed = not described.startswith(("unsigned", "u", "bool", "_Bool", "size_t"))
+    if "*" in described or size not in (1, 2, 4, 8):
+        return None
+    return f"{'s' if signed else 'u'}{8 * size}"
+
+
+def _pointee(described: str) -> str | None:
+    """Return the structure a C type points to."""
+    words = described.replace("const ", "").split()
+    if len(words) == 3 and words[0] in ("struct", "union") and words[2] == "*":
+        return words[1]
+    return None

@@ -1,0 +1,199 @@
+"""`set_wprobe` and `clear_wprobe`: triggers that point a wprobe at what an event's field holds, and away again.
+
+    set_wprobe:EVENT:FIELD[+-ADJ][:COUNT|:count=COUNT|:unlimited] [if FILTER]
+    clear_wprobe:EVENT[:FIELD[+-ADJ]][:COUNT...] [if FILTER]
+
+FIELD may be a typecast, `(STRUCT[,ASGN])FIELD->MEMBER[.SUB...]`: nothing but an offset to add, and read back as one.
+A leading `!` removes. FILTER is the guest's to judge. Follows the wprobe series, v18.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NoReturn, Protocol, cast
+
+from fakefs.wprobe import errors
+from fakefs.wprobe.errors import WPROBE_TRIGGER, LogEntry, ProbeError
+from fakefs.wprobe.kstrto import kstrtol, kstrtoul
+from fakefs.wprobe.typecast import NoStructs, Structs
+
+Kind = Literal["set", "clear"]
+
+_COMMAND = re.compile(r"(!?)((set|clear)_wprobe)(?:[: \t]\s*|$)")
+_BLANKS = " \t\n\v\f\r\xa0"
+_POINTER_SIZE = 8
+
+
+class Target(Protocol):
+    """What a trigger wants to know of its wprobe."""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it is enabled in any way, soft-enabled by another trigger included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """A trigger as written. `target` is an event of the group `wprobes`; no `count` means any number of times."""
+
+    kind: Kind
+    target: str
+    field: str | None
+    adjust: int = 0
+    count: int | None = None
+    filter: str | None = None
+    remove: bool = False
+
+    def show(self, missed: int = 0, count: int | None = None) -> str:
+        """Its line in the trigger file. `count` is how often it can still act, `missed` its wprobe's counter."""
+        left = self.count if count is None else count
+        words = [f"{self.kind}_wprobe", self.target]
+        if self.field is not None:
+            words.append(f"{self.field}{self.adjust:+d}")
+        words.append("unlimited" if left is None else f"count={left}")
+        condition = f" if {self.filter}" if self.filter is not None else ""
+        return ":".join(words) + condition + (f" # missed: {missed}" if missed else "")
+
+
+def parse(
+    written: str,
+    fields: Mapping[str, tuple[int, int]],
+    target: Callable[[str], Target | None],
+    *,
+    structs: Structs | None = None,
+    on_kprobe: bool = False,
+) -> Trigger | None:
+    """Parse what was written to a trigger file, or None if that is not a trigger of these two kinds.
+
+    `fields` are those of the trigger file's event, the common ones included: name to (offset, size) in bytes.
+    `target` finds a wprobe of the group `wprobes` by its event name. Raises `ProbeError`.
+    """
+    line = written.partition("\0")[0].partition("#")[0].strip(_BLANKS)
+    command = _COMMAND.match(line)
+    if command is None:
+        return None
+    parser = _Parser(line, fields, structs or NoStructs())
+    return parser.parse(command, target, on_kprobe)
+
+
+class _Parser:
+    def __init__(self, line: str, fields: Mapping[str, tuple[int, int]], structs: Structs) -> None:
+        self._line = line
+        self._shown = line  # as far as the kernel's parser has put no NUL into it yet
+        self._fields = fields
+        self._structs = structs
+
+    def _refuse(self, text: str, column: int, number: int = errno.EINVAL) -> NoReturn:
+        raise ProbeError(number, LogEntry(WPROBE_TRIGGER, text, self._shown, column))
+
+    def parse(self, command: re.Match[str], target: Callable[[str], Target | None], on_kprobe: bool) -> Trigger:
+        start = command.end()
+        kind = cast(Kind, command[3])
+        remove = bool(command[1])
+        if start == len(self._line):
+            self._shown = self._line[: command.end(2)]
+            self._refuse(errors.WPROBE_NOT_FOUND, command.end(2) + 1)
+        if on_kprobe:
+            self._refuse(errors.WPROBE_ON_KPROBE, 0, errno.EOPNOTSUPP)
+
+        parameter, condition = self._split(start)
+        name, colon, rest = parameter.partition(":")
+        self._shown = self._line[: start + len(name)]
+        found = target(name)
+        if found is None:
+            self._refuse(errors.WPROBE_NOT_FOUND, start, errno.ENOENT)
+        if kind == "set" and not remove and found.in_use:
+            self._refuse(errors.WPROBE_BUSY, start, errno.EBUSY)
+
+        column = start + len(name) + 1
+        text, second, number = rest.partition(":")
+        field: str | None = None
+        adjust = 0
+        if kind == "clear" and (not colon or (not second and self._is_count(text))):
+            number, second, count_column = text, colon, column
+        elif not colon:
+            self._refuse(errors.WPROBE_NEED_FIELD, start + len(parameter))
+        else:
+            field, adjust = self._field(text, column)
+            count_column = column + len(text) + 1
+        count = self._count(number, count_column) if second and not remove else None
+        return Trigger(kind, name, field, adjust, count, None if remove else self._filter(condition), remove)
+
+    def _split(self, start: int) -> tuple[str, str]:
+        """The parameter, and what follows it after blanks."""
+        found = re.compile(r"[ \t]+").search(self._line, start)
+        if found is None:
+            return self._line[start:], ""
+        return self._line[start : found.start()], self._line[found.end() :]
+
+    def _is_count(self, text: str) -> bool:
+        """Whether the only parameter of a clear is a count. A field of that name goes first."""
+        if text in self._fields:
+            return False
+        return text == "unlimited" or text.startswith("count=") or text[:1] in tuple("0123456789")
+
+    def _count(self, text: str, column: int) -> int | None:
+        if text == "unlimited":
+            return None
+        count = kstrtoul(text.removeprefix("count="))
+        if count is None:
+            self._refuse(errors.BAD_IMM, column)
+        return count
+
+    def _filter(self, condition: str) -> str | None:
+        if not condition:
+            return None
+        word, _, text = condition.replace("\t", " ", 1).partition(" ")
+        if word != "if" or not text:
+            raise ProbeError(errno.EINVAL)
+        return text
+
+    def _field(self, text: str, column: int) -> tuple[str, int]:
+        if text.startswith("("):
+            name, adjust, column = self._typecast(text, column)
+        else:
+            name, adjust = self._adjust(text, column)
+        place = self._fields.get(name)
+        if place is None:
+            self._refuse(errors.NO_EVENT_FIELD, column, errno.ENOENT)
+        if place[1] != _POINTER_SIZE:
+            self._refuse(errors.WPROBE_BAD_FIELD, column, errno.ENOEXEC)
+        return name, adjust
+
+    def _adjust(self, text: str, column: int) -> tuple[str, int]:
+        found = re.search(r"[+-]", text)
+        if not found:
+            return text, 0
+        adjust = kstrtol(text[found.start() :])
+        if adjust is None:
+            self._refuse(errors.BAD_DEREF_OFFS, column + found.start())
+        return text[: found.start()], adjust
+
+    def _typecast(self, text: str, column: int) -> tuple[str, int, int]:
+        """The event's field, the offset to add, and the column of the field."""
+        cast_to, close, rest = text[1:].partition(")")
+        if not close:
+            self._refuse(errors.DEREF_OPEN_BRACE, column + 1)
+        field_column = column + len(cast_to) + 2
+        field, arrow, path = rest.partition("->")
+        if not arrow:
+            self._refuse(errors.TYPECAST_REQ_FIELD, field_column)
+
+        struct, comma, anchor = cast_to.partition(",")
+        if not self._structs.known(struct):
+            self._refuse(errors.BAD_BTF_TID, column + 1, errno.ENOENT)
+        back = self._offset(struct, anchor, column + 2 + len(struct)) if comma else 0
+        member_column = field_column + len(field) + 2
+        member, adjust = self._adjust(path, member_column)
+        return field, self._offset(struct, member, member_column) - back + adjust, field_column
+
+    def _offset(self, struct: str, path: str, column: int) -> int:
+        member = self._structs.member(struct, path)
+        if member is None:
+            self._refuse(errors.NO_BTF_FIELD, column, errno.ENOENT)
+        if member.bitfield:
+            self._refuse(errors.NO_BTF_FIELD, column)
+        return member.offset

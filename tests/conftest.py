@@ -1,0 +1,31 @@
+"""Fixtures of all tiers, and the marks that go with the directories `guest` and `mount`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fakefs import kernels
+
+_TIERS = ("guest", "mount")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the directory it lies in."""
+    for item in items:
+        for tier in _TIERS:
+            if item.path.parent.name == tier:
+                item.add_marker(tier)
+
+
+@pytest.fixture(scope="session")
+def kernel_path() -> Path:
+    """The kernel to test with: $FAKEFS_TEST_KERNEL, else fakefs's default one, fetched if need be."""
+    named = os.environ.get("FAKEFS_TEST_KERNEL")
+    if named:
+        path = Path(named).absolute()
+        assert path.is_file(), f"FAKEFS_TEST_KERNEL: {path}: no such file"
+        return path
+    return kernels.default_kernel() or kernels.fetch()

@@ -1,0 +1,437 @@
+"""The mount as a person and programs use it: a real kernel behind plain files."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fakefs import mountpoint
+from tests.mount.conftest import MakeMount
+from tests.mount.golden_cases import errnos
+from tests.mounted import FAKEFS, Mounted, Resetter, running, until
+
+PROMPT = 1.0
+"""Seconds a signal may take to end a reader; it takes a few hundredths."""
+
+
+@pytest.fixture(scope="module")
+def resetter(shared_mount: Mounted) -> Resetter:
+    return Resetter(shared_mount)
+
+
+@pytest.fixture
+def m(shared_mount: Mounted, resetter: Resetter) -> Iterator[Mounted]:
+    """The shared mount, as new afterwards."""
+    yield shared_mount
+    resetter.reset("trigger sched_switch sched_process_fork")
+
+
+def wait_for_reader(mount: Mounted, pid: int) -> None:
+    """Wait until a process sleeps in a read of the mount: the host's kernel waits for the daemon's answer."""
+    until(lambda: "request_wait" in Path(f"/proc/{pid}/wchan").read_text(), 5, f"process {pid} blocked in a read")
+
+
+def slots(mount: Mounted) -> int:
+    """How many tasks of the guest work for the daemon: 1 is its init."""
+    return int(mount.status()["slots"])
+
+
+# ---- probes
+
+
+def test_kprobe_and_kretprobe_show_the_caller(m: Mounted) -> None:
+    done = m.sh("""
+        echo 'p:in vfs_read count=$arg3' > kprobe_events
+        echo 'r:out vfs_read got=$retval' >> kprobe_events
+        cat kprobe_events
+        echo 1 > events/kprobes/enable
+        bash -c 'echo $$; exec -a reader cat tracing_on'
+        echo 0 > events/kprobes/enable
+        cat trace
+    """)
+    assert (done.stderr, done.returncode) == ("", 0)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "p:kprobes/in vfs_read count=$arg3"
+    assert re.fullmatch(r"r\d*:kprobes/out vfs_read got=\$retval", lines[1])  # some kernels show a maxactive
+    pid = lines[2]
+    events = [line.split(":", 1) for line in lines if f"-{pid} " in line]
+    assert any("in: (vfs_read+" in rest or "in: (vfs_read" in rest for _, rest in events)
+    assert any("out: (" in rest and "<- vfs_read) got=" in rest for _, rest in events)
+    assert all(head.strip().startswith(("cat-", "<...>-")) for head, _ in events)
+
+
+def test_comm_of_the_caller_is_the_programs(m: Mounted) -> None:
+    done = m.sh(f"""
+        cp /bin/cat {m.path.parent}/very_own_name
+        echo 'p:c vfs_read comm=$comm' > kprobe_events
+        echo 1 > events/kprobes/enable
+        {m.path.parent}/very_own_name tracing_on
+        echo 0 > events/kprobes/enable
+        grep -c 'comm="very_own_name"' trace
+    """)
+    assert done.stderr == ""
+    assert int(done.stdout.split()[-1]) >= 1
+
+
+def test_truncating_replaces_and_appending_adds(m: Mounted) -> None:
+    done = m.sh("""
+        echo 'p:a vfs_read' > kprobe_events; echo 'p:b vfs_write' >> kprobe_events; grep -c . kprobe_events
+        echo 'p:c vfs_open' > kprobe_events; cat kprobe_events
+        echo '-:c' >> kprobe_events; grep -c . kprobe_events
+    """)
+    assert done.stdout.splitlines() == ["2", "p:kprobes/c vfs_open", "0"]
+
+
+def test_event_directories_come_and_go_at_once(m: Mounted) -> None:
+    done = m.sh("""
+        for i in 1 2 3 4 5 6 7 8; do
+            test -e events/kprobes/own && echo early
+            echo 'p:own vfs_read' > kprobe_events
+            test -e events/kprobes/own/enable || echo late
+            ls events/kprobes | grep -q own || echo unlisted
+            echo > kprobe_events
+            test -e events/kprobes/own/enable && echo stays
+        done; true
+    """)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("cat nothing", ["ENOENT"]),
+        ("echo '-:none' >> kprobe_events", ["ENOENT"]),
+        ("echo 'p:x vfs_read' > kprobe_events; echo 'p:x vfs_read' >> kprobe_events", ["EEXIST"]),
+        ("mkdir instances/i; mkdir instances/i; rmdir instances/i", ["EEXIST"]),
+        ("echo 'p:x vfs_read' > kprobe_events; echo 1 > events/kprobes/x/enable; echo > kprobe_events; "
+         "echo 0 > events/kprobes/x/enable", ["EBUSY"]),
+        ("mkdir instances/i; exec 5<instances/i/trace; rmdir instances/i; exec 5<&-; rmdir instances/i", ["EBUSY"]),
+        ("echo 'z:x vfs_read' > kprobe_events", ["EINVAL"]),
+        ("echo no_such_tracer > current_tracer", ["EINVAL"]),
+        ("echo no:event > set_event", ["EINVAL"]),
+        ("cat trace_marker", ["EINVAL"]),
+        ("echo x > available_events", ["EINVAL"]),
+        ("cat events", ["EISDIR"]),
+        ("cat trace/x", ["ENOTDIR"]),
+        ("cat trace_marker_raw", ["EINVAL"]),
+        ("mkdir options/x", ["EPERM"]),
+        ("rmdir options", ["EPERM"]),
+        ("rmdir instances/none", ["ENOENT"]),
+        ("touch new", ["EACCES"]),
+        ("rm tracing_on", ["EPERM"]),
+        ("mv trace t", ["EPERM"]),
+        ("ln trace t", ["EPERM"]),
+        ("ln -s trace t", ["EPERM"]),
+        ("mkdir d", ["EPERM"]),
+    ],
+)  # fmt: skip
+def test_errors_are_the_kernels(m: Mounted, script: str, expected: list[str]) -> None:
+    done = m.sh(script)
+    assert errnos(done.stderr) == expected, done.stderr
+
+
+# ---- reading
+
+
+def test_reading_by_bytes_gives_the_same_as_at_once(m: Mounted) -> None:
+    done = m.sh("""
+        for f in available_tracers trace_options events/sched/sched_switch/format; do
+            cmp <(cat $f) <(dd if=$f bs=1 status=none) && cmp <(tail -c +11 $f) <(dd if=$f bs=1 skip=10 status=none)
+        done
+        for i in $(seq 50); do echo "marker $i" > trace_marker; done
+        echo 0 > tracing_on
+        cmp <(cat trace) <(dd if=trace bs=7 status=none) && cmp <(cat trace) <(dd if=trace bs=64k status=none)
+    """)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_reads_at_offsets(m: Mounted) -> None:
+    fd = os.open(m.path / "available_tracers", os.O_RDONLY)
+    try:
+        whole = os.read(fd, 4096)
+        assert os.read(fd, 4096) == b""
+        assert os.pread(fd, 5, 3) == whole[3:8]
+        os.lseek(fd, 4, os.SEEK_SET)
+        assert os.read(fd, 3) + os.read(fd, 4096) == whole[4:]
+    finally:
+        os.close(fd)
+
+
+def test_a_stream_cannot_be_sought(m: Mounted) -> None:
+    fd = os.open(m.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not str(m.status()["kernel"]).startswith("6.1."):
+            with pytest.raises(OSError, match="Illegal seek"):
+                os.lseek(fd, 0, os.SEEK_SET)
+            with pytest.raises(OSError, match="Illegal seek"):
+                os.pread(fd, 1, 0)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["trace_pipe", "per_cpu/cpu0/trace_pipe_raw"])
+def test_nonblocking_reads(m: Mounted, name: str) -> None:
+    fd = os.open(m.path / name, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 4096)
+    finally:
+        os.close(fd)
+    fd = os.open(m.path / name, os.O_RDONLY)
+    try:
+        os.set_blocking(fd, False)
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 4096)
+        m.write("trace_marker", "now")
+        assert b"now" in os.read(fd, 65536)
+    finally:
+        os.close(fd)
+
+
+def test_trace_pipe_has_one_reader(m: Mounted) -> None:
+    fd = os.open(m.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert errnos(m.sh("cat trace_pipe").stderr) == ["EBUSY"]
+    finally:
+        os.close(fd)
+    assert m.sh("timeout 0.2 cat trace_pipe").returncode == 124
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_end_a_blocked_reader(m: Mounted, number: signal.Signals) -> None:
+    with m.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE) as reader:
+        wait_for_reader(m, reader.pid)
+        begun = time.monotonic()
+        reader.send_signal(number)
+        assert reader.wait(5) == -number
+        took = time.monotonic() - begun
+    print(f"{number.name}: {took * 1000:.1f} ms")
+    assert took < PROMPT
+    # The guest's file is closed too, or a second open would be refused.
+    until(lambda: m.sh("timeout 0.05 cat trace_pipe").returncode == 124, 2, "trace_pipe free again")
+
+
+def test_a_blocked_reader_gets_the_next_event(m: Mounted) -> None:
+    with m.popen(["head", "-n", "1", "trace_pipe"], stdout=subprocess.PIPE) as reader:
+        wait_for_reader(m, reader.pid)
+        m.write("trace_marker", "hello")
+        out, _ = reader.communicate(timeout=5)
+    assert b"tracing_mark_write: hello" in out
+
+
+@pytest.mark.parametrize("name", ["trace_pipe", "per_cpu/cpu0/trace_pipe_raw"])
+@pytest.mark.parametrize("how", ["select", "poll", "epoll"])
+def test_polling_sees_an_event_arrive(m: Mounted, name: str, how: str) -> None:
+    m.write("buffer_percent", "0")  # else a poll waits until half a buffer is full
+    fd = os.open(m.path / name, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert not _ready(how, fd, 0)
+        # The writer is another process: the test's own thread sleeps in the poll.
+        with m.popen(["bash", "-c", "read; echo arrived > trace_marker"], stdin=subprocess.PIPE) as writer:
+            assert writer.stdin is not None
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
+            assert _ready(how, fd, 5)
+        assert b"arrived" in os.read(fd, 65536)
+        assert not _ready(how, fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _ready(how: str, fd: int, seconds: float) -> bool:
+    if how == "select":
+        return bool(select.select([fd], [], [], seconds)[0])
+    if how == "poll":
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+    with select.epoll() as poller_fd:
+        poller_fd.register(fd, select.EPOLLIN)
+        return bool(poller_fd.poll(seconds))
+
+
+# ---- instances and attributes
+
+
+def test_instances(m: Mounted) -> None:
+    done = m.sh("""
+        mkdir instances/one; ls instances; echo in > instances/one/trace_marker; grep -c ': in$' instances/one/trace
+        grep -c ': in$' trace; rmdir instances/one; ls instances
+    """)
+    assert (done.stdout, done.stderr) == ("one\n1\n0\n", "")
+
+
+def test_chmod_and_chown_last(m: Mounted) -> None:
+    done = m.sh("""
+        chmod 604 tracing_thresh; chown 12:34 tracing_thresh; cat tracing_thresh; stat -c '%a %u %g' tracing_thresh
+        chmod 640 tracing_thresh; chown 0:0 tracing_thresh; stat -c '%a %u %g' tracing_thresh
+    """)
+    assert (done.stdout, done.stderr) == ("0\n604 12 34\n640 0 0\n", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_another_user_has_no_access(m: Mounted) -> None:
+    for directory in m.path.parents:  # pytest's own directories are for root alone
+        if directory.stat().st_mode & 0o011 != 0o011 and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o011)
+    as_user = "setpriv --reuid=1000 --regid=1000 --clear-groups"
+    done = m.sh(
+        f"""
+        for c in 'cat {m.path}/tracing_on' 'ls {m.path}' 'mkdir {m.path}/instances/u'; do {as_user} $c; done
+        {as_user} bash -c 'echo 1 > {m.path}/tracing_on'
+        """,
+        cwd=Path("/"),
+    )
+    assert (errnos(done.stderr), done.stdout) == (["EACCES"] * 4, "")
+    done = m.sh(f"""
+        chmod o+rx .; chmod o+r tracing_on; {as_user} cat tracing_on; chmod 700 .; chmod 640 tracing_on
+    """)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+# ---- other roots, several mounts
+
+
+@pytest.mark.parametrize(
+    ("root", "script", "expected"),
+    [
+        ("/proc", "cat sys/kernel/ostype; readlink self > /dev/null && echo link; cat 1/comm", "Linux\nlink\ninit\n"),
+        ("/sys/kernel/debug", "cat tracing/current_tracer", "nop\n"),
+    ],
+)
+def test_other_roots(new_mount: MakeMount, root: str, script: str, expected: str) -> None:
+    mount = new_mount("--root", root)
+    if root == "/sys/kernel/debug":
+        mount.exec("mount", "-t", "debugfs", "debugfs", root)
+    done = mount.sh(script)
+    mount.stop()
+    assert (done.stdout, done.stderr) == (expected, "")
+
+
+def test_two_mounts_are_two_kernels(shared_mount: Mounted, mount: Mounted) -> None:
+    mount.sh("echo 'p:mine vfs_read' > kprobe_events")
+    assert mount.read("kprobe_events") == "p:kprobes/mine vfs_read\n"
+    assert shared_mount.read("kprobe_events") == ""
+
+
+def test_a_directory_is_mounted_once(shared_mount: Mounted) -> None:
+    done = shared_mount.fakefs("mount", "--kernel", str(shared_mount.kernel), str(shared_mount.path))
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1
+    assert "already" in done.stderr
+    assert shared_mount.read("current_tracer") == "nop\n"
+
+
+def test_unmounting_by_command(new_mount: MakeMount) -> None:
+    mount = new_mount()
+    assert mount.fakefs("umount", str(mount.path)).returncode == 0
+    assert list(mount.path.iterdir()) == []
+    assert not running(mount.pid)
+
+
+# ---- inside the guest
+
+
+def test_exec_carries_input_output_and_status(m: Mounted) -> None:
+    done = m.exec("sh", "-c", "tr a-z A-Z; echo error >&2; exit 7", stdin="hello\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("HELLO\n", "error\n", 7)
+    assert m.exec("sh", "-c", "kill -9 $$").returncode == 128 + signal.SIGKILL
+    big = "0123456789abcdef" * 40_000
+    assert m.exec("cat", stdin=big).stdout == big
+    missing = m.exec("no-such-program")
+    assert missing.returncode != 0
+    assert "no-such-program" in missing.stderr
+
+
+def test_a_client_that_goes_away_ends_its_program_only(m: Mounted) -> None:
+    command = " ".join(_command(m, "exec"))
+    assert m.sh(f"{command} -- yes | head -n 1").stdout == "y\n"
+    until(lambda: int(m.status()["slots"]) - int(m.status()["shadows"]) == 1, 5, "the program's end")
+
+
+def test_exec_passes_signals_on(m: Mounted) -> None:
+    argv = [*_command(m, "exec"), "--", "sh", "-c", "trap 'exit 5' TERM; echo ready; while :; do sleep 1; done"]
+    with m.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+        program.terminate()
+        assert program.wait(10) == 5
+
+
+def _command(mount: Mounted, what: str) -> list[str]:
+    return [*FAKEFS, what, str(mount.path)]
+
+
+def test_exec_is_traced_like_any_program(m: Mounted) -> None:
+    m.sh("echo 1 > events/sched/sched_process_exec/enable")
+    m.exec("true")
+    assert any("sched_process_exec: filename=/bin/busybox" in line for line in m.trace())
+
+
+def test_console_shows_what_the_kernel_prints(m: Mounted) -> None:
+    m.exec("sh", "-c", "echo 7 > /proc/sys/kernel/printk; echo h > /proc/sysrq-trigger")
+    assert "sysrq: HELP" in m.fakefs("console", str(m.path)).stdout
+    assert m.exec("sh", "-c", "echo 4 > /proc/sys/kernel/printk").returncode == 0
+
+
+# ---- bad ends
+
+
+def test_thirty_blocked_readers_leave_nothing(mount: Mounted) -> None:
+    done = mount.sh("""
+        for i in $(seq 30); do mkdir instances/i$i; done
+        for i in $(seq 30); do cat instances/i$i/trace_pipe & done
+        while (( $(grep -l request_wait $(jobs -p | sed 's,.*,/proc/&/wchan,') | wc -l) < 30 )); do :; done
+        kill -9 $(jobs -p)
+        wait
+        until rmdir instances/* 2>/dev/null; do :; done
+    """)
+    assert done.returncode == 0, done.stderr
+    until(lambda: slots(mount) == 1, 5, "all slots free")
+    assert mount.status()["shadows"] == 0
+
+
+def test_a_killed_daemon_is_cleaned_up_after(mount: Mounted) -> None:
+    os.kill(mount.pid, signal.SIGKILL)
+    until(lambda: not running(mount.pid), 5, "the daemon's end")
+    until(lambda: mountpoint.is_stale(mount.path) or mountpoint.mount_at(mount.path) is None, 5, "the mount's end")
+    mount.start()
+    assert mount.read("current_tracer") == "nop\n"
+
+
+def test_a_panic_ends_waiting_readers(mount: Mounted) -> None:
+    with mount.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        wait_for_reader(mount, reader.pid)
+        begun = time.monotonic()
+        crash = mount.exec("sh", "-c", "echo c > /proc/sysrq-trigger")
+        _, complaint = reader.communicate(timeout=10)
+        print(f"EIO after {time.monotonic() - begun:.2f} s")
+    assert crash.returncode != 0
+    assert errnos(complaint.decode()) == ["EIO"]
+    after = mount.sh(f"cat {mount.path}/trace", cwd=Path("/"))
+    assert errnos(after.stderr) == ["EIO"], after
+    assert "Kernel panic - not syncing: sysrq triggered crash" in mount.fakefs("console", str(mount.path)).stdout
+    assert "panic" in str(mount.status()["dead"])
+
+
+def test_a_looping_guest_still_answers(mount: Mounted) -> None:
+    argv = [*_command(mount, "exec"), "--", "sh", "-c", "echo ready; while :; do :; done"]
+    with mount.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+        begun = time.monotonic()
+        assert mount.sh("cat current_tracer; echo x > trace_marker; grep -c ': x$' trace").stdout == "nop\n1\n"
+        print(f"answers of a busy guest: {time.monotonic() - begun:.3f} s")
+        program.kill()
+    until(lambda: slots(mount) == 1, 5, "the program's end with its client's")
