@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emulator import textpoke
+from emulator import seqfile, textpoke
 from emulator.agent import Agent, Call
 from emulator.cpu.interface import CPU, GuestDied, PortIO, Stop
 from emulator.cpu.libunicorn import WANTED_VERSION
 from emulator.errors import EmulatorError
-from emulator.kernel.facts import TextPokeFacts
+from emulator.kernel.facts import SeqFileFacts, TextPokeFacts
 from emulator.machine import Machine
 from emulator.memory import Memory
 from emulator.snapshot import FORMAT, DamagedSnapshot, Snapshot, open_snapshot, save
@@ -33,7 +33,7 @@ WINDOW_SIZE = 64 << 20
 DEFAULT_MEMORY = 128 << 20
 COMMAND_LINE = (
     "console=ttyS0 quiet noapic nokaslr panic=-1 reboot=k mitigations=off nopti pci=off tsc=reliable "
-    "random.trust_cpu=off cryptomgr.notests damon_stat.enabled=0"
+    "random.trust_cpu=off rcupdate.rcu_expedited=1 cryptomgr.notests damon_stat.enabled=0"
 )
 _BOOT_LIMIT = 120_000_000_000  # ns of virtual time; a boot takes 0.7 s
 _SETTLE = 400_000_000  # ns of virtual time after init is ready, for what the kernel still does in the background
@@ -90,6 +90,7 @@ class Guest:
         self.release = release
         self.snapshot = snapshot
         self.text_poke: TextPokeFacts | None = None
+        self.seq_file: SeqFileFacts | None = None
         self.notes: object = None if snapshot is None else snapshot.manifest.get("notes")
 
     def call(self, *calls: Call) -> list[int]:
@@ -185,7 +186,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
     from emulator.boot import BootImage, load
     from emulator.kernel import kallsyms
     from emulator.kernel.btf import Btf
-    from emulator.kernel.facts import text_poke_facts, wake_facts
+    from emulator.kernel.facts import seq_file_facts, text_poke_facts, wake_facts
     from emulator.kernel.image import KernelImage
 
     image = KernelImage.load(recipe.kernel)
@@ -209,6 +210,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
         raise
     guest = Guest(machine, agent, image.version)
     guest.text_poke = text_poke_facts(symbols, btf)
+    guest.seq_file = seq_file_facts(symbols, btf)
     guest.symbols = symbols
     guest.btf = btf
     return guest
@@ -252,6 +254,7 @@ def _snapshot(guest: Guest, directory: Path) -> Snapshot:
         "agent": guest.agent.state(),
         "notes": guest.notes,
         "text_poke": guest.text_poke.to_json() if guest.text_poke else None,
+        "seq_file": guest.seq_file.to_json() if guest.seq_file else None,
         "console": guest.machine.console.text()[-65536:],
     }
     return save(
@@ -272,10 +275,13 @@ def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) 
         agent = Agent(machine)
         agent.load(manifest["agent"])
         text_poke = TextPokeFacts.from_json(manifest["text_poke"]) if manifest["text_poke"] else None
+        seq_file = SeqFileFacts.from_json(manifest["seq_file"]) if manifest["seq_file"] else None
     except BaseException:
         machine.close()
         raise
     guest = Guest(machine, agent, str(manifest["release"]), snapshot)
     if text_poke is not None:
         textpoke.install(machine, text_poke)
+    if seq_file is not None:
+        seqfile.install(machine, seq_file)
     return guest

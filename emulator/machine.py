@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from emulator.acpi import LAPIC_ADDRESS
@@ -72,6 +73,16 @@ class Console:
         return "".join(line + "\n" for line in chosen)
 
 
+@dataclass(frozen=True, eq=False)
+class Trap:
+    """What `Machine.trap()` was asked for, to be given to `Machine.untrap()`."""
+
+    address: int  # guest virtual
+    handler: Callable[[], bool]
+    when: Callable[[], bool] | None
+    after: Callable[[], None] | None
+
+
 class Machine:
     """A PC with `ram_size` bytes of RAM in `memory`, whose rest (if any) is a window the guest's kernel is not told of.
 
@@ -94,7 +105,7 @@ class Machine:
         self.lapic = Lapic(now)
         self.bus = PortBus((self.pic, self.pit, self.uart, self.rtc, self.port61, _ResetPort()))
         self.on_watch: Callable[[], None] | None = None  # called behind an instruction that hit host watchpoints
-        self._traps: dict[int, Callable[[], bool]] = {}
+        self._traps: dict[int, list[Trap]] = {}
         self._deadline = 0
         self._blocked_since: int | None = None
         self.cpu.map_ram(0, memory.size, memory.host_address)
@@ -174,10 +185,14 @@ class Machine:
 
     def _run(self, until_ns: int) -> Stop:
         cpu = self.cpu
+        passing = False  # the instruction of a trap is next, before any interrupt
         while True:
             self.advance()
-            vector, window = None, False
-            if self.interrupt_pending():
+            vector, window, until = None, False, until_ns
+            if passing:
+                if self.interrupt_pending():
+                    until = cpu.now
+            elif self.interrupt_pending():
                 if cpu.interruptible:
                     vector = self._acknowledge()
                     window = self.interrupt_pending()
@@ -186,9 +201,12 @@ class Machine:
                     window = True
                     self._check_interrupts_off()
             event = self.next_event()
-            deadline = until_ns if event is None else min(event, until_ns)
+            deadline = until if event is None else min(event, until)
             self._deadline = max(deadline, cpu.now + NS_PER_BLOCK)
-            stop = cpu.run(self._deadline, vector=vector, window=window)
+            stop: Stop | None = cpu.run(self._deadline, vector=vector, window=window)
+            passing = stop is Stop.TRAP
+            if stop is Stop.TRAP:
+                stop, passing = self._trapped()
             if stop is Stop.HALTED:
                 self.advance()
                 if not cpu.interruptible:
@@ -198,22 +216,58 @@ class Machine:
             elif stop is Stop.DEADLINE:
                 if cpu.now >= until_ns:
                     return stop
-            elif stop is Stop.TRAP:
-                if not self._traps[cpu.read("rip")]():
-                    cpu.pass_trap()
             elif stop is Stop.WATCH and self.on_watch is not None:
                 self.on_watch()
-            elif stop is not Stop.WINDOW:
+            elif stop is not None and stop is not Stop.WINDOW:
                 return stop
 
-    def trap(self, address: int, handler: Callable[[], bool], when: Callable[[], bool] | None = None) -> None:
+    def trap(
+        self,
+        address: int,
+        handler: Callable[[], bool],
+        when: Callable[[], bool] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> Trap:
         """Call `handler` each time the guest gets to a virtual address, before the instruction there.
 
         When it returns False the guest goes on as if nothing was; True means that it has moved RIP. `when`, if given,
-        is asked first and must be quick. Add traps before the guest runs.
+        is asked first and must be quick. `after` is called behind the instruction, unless that raised an exception.
+        Of several traps at an address the last one made is called first. Only while the CPU is stopped.
         """
-        self._traps[address] = handler
-        self.cpu.add_trap(address, when)
+        trap = Trap(address, handler, when, after)
+        traps = self._traps.setdefault(address, [])
+        traps.append(trap)
+        if len(traps) == 1:
+            self.cpu.add_trap(address, lambda: any(trap.when is None or trap.when() for trap in traps))
+            self.cpu.forget_code(address, address + 1)
+        return trap
+
+    def untrap(self, trap: Trap) -> None:
+        """Take back a trap, while the CPU is stopped (a handler may). Raises ValueError when that was done before."""
+        traps = self._traps.get(trap.address, [])
+        traps.remove(trap)
+        if not traps:
+            del self._traps[trap.address]
+            self.cpu.remove_trap(trap.address)
+
+    def _trapped(self) -> tuple[Stop | None, bool]:
+        """Call the handlers of the traps at RIP; return how the run ended if it went on, and if it still has to."""
+        cpu = self.cpu
+        after = []
+        for trap in reversed(tuple(self._traps[cpu.read("rip")])):
+            if trap.when is None or trap.when():
+                if trap.handler():
+                    return None, False
+                if trap.after is not None:
+                    after.append(trap.after)
+        if not after:
+            cpu.pass_trap()
+            return None, True
+        stop = cpu.step()
+        if stop is not None:
+            for call in after:
+                call()
+        return stop, False
 
     def return_from_call(self) -> None:
         """Make the guest's CPU, at the entry of a function, return from it."""

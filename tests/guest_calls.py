@@ -1,108 +1,108 @@
-"""System calls in a guest without a daemon: what tests of the emulator need of files, tasks and programs there."""
+"""System calls of the guest's init, in the shape tests want them: whole files and programs."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
+import subprocess
+from pathlib import Path
 
-from emulator.agent import CALL_SPAWN, Call, Request, Task
+from emulator.agent import CALL_SPAWN
 from emulator.cpu.interface import Stop
 from emulator.guest import Guest
-from fakefs.syscalls import Sys
 
 AT_FDCWD = -100
-TRACEFS = "/sys/kernel/tracing"
-_CLONE_ARGS = struct.Struct("<11Q")
-_PATH, _BUFFER = 0, 0x1000
-_STEP = 100_000_000
-_PATIENCE = 60_000_000_000  # ns of virtual time
+READ, WRITE, CLOSE, GETPID, EXECVE, EXIT, WAIT4, GETPPID, OPENAT, DUP2 = 0, 1, 3, 39, 59, 60, 61, 110, 257, 33
+RT_SIGACTION = 13
+PATH_AT, DATA_AT = 0, 0x400
+CHUNK = 0x8000
+TRACING = "/sys/kernel/tracing/"
 
 
-def finish(guest: Guest, request: Request) -> list[int]:
-    """Run the guest until a request is done; return its results."""
-    machine, agent = guest.machine, guest.agent
-    end = machine.cpu.now + _PATIENCE
-    while not request.done:
-        assert machine.cpu.now < end, "the guest does not come to an end with it"
-        if agent.step(machine.cpu.now + _STEP) is Stop.HALTED and not agent.busy:
-            event = machine.next_event()
-            machine.cpu.now = max(machine.cpu.now, event if event is not None else machine.cpu.now + _STEP)
-    return request.results
+def open_file(guest: Guest, path: str, flags: int = os.O_RDONLY, mode: int = 0) -> int:
+    """openat() in the guest; a descriptor of init's."""
+    init = guest.agent.init
+    guest.agent.put(init, PATH_AT, os.fsencode(path) + b"\0")
+    [fd] = guest.call((OPENAT, AT_FDCWD, init.virtual(PATH_AT), flags, mode))
+    assert fd >= 0, f"{path}: {os.strerror(-fd)}"
+    return fd
 
 
-def call(guest: Guest, task: Task, *calls: Call) -> list[int]:
-    """Have a task make system calls."""
-    return finish(guest, guest.agent.submit(task, calls))
-
-
-def write_file(guest: Guest, path: str, data: bytes, flags: int = os.O_WRONLY | os.O_TRUNC, mode: int = 0) -> int:
-    """Open, write once, close; return what write(2) (or open) gave."""
-    init, agent = guest.agent.init, guest.agent
-    agent.put(init, _PATH, os.fsencode(path) + b"\0")
-    agent.put(init, _BUFFER, data)
-    [fd] = guest.call((Sys.OPENAT, AT_FDCWD, init.virtual(_PATH), flags, mode))
-    if fd < 0:
-        return fd
-    written, closed = guest.call((Sys.WRITE, fd, init.virtual(_BUFFER), len(data)), (Sys.CLOSE, fd))
-    assert closed == 0
-    return written
+def write_file(guest: Guest, path: str, data: bytes, flags: int = os.O_WRONLY | os.O_APPEND) -> None:
+    """Write a file of the guest's."""
+    init = guest.agent.init
+    fd = open_file(guest, path, flags, 0o755)
+    for at in range(0, len(data), CHUNK):
+        piece = data[at : at + CHUNK]
+        guest.agent.put(init, DATA_AT, piece)
+        assert guest.call((WRITE, fd, init.virtual(DATA_AT), len(piece))) == [len(piece)]
+    guest.call((CLOSE, fd))
 
 
 def read_file(guest: Guest, path: str) -> bytes:
-    """Read a file to its end."""
-    init, agent, parts = guest.agent.init, guest.agent, []
-    agent.put(init, _PATH, os.fsencode(path) + b"\0")
-    [fd] = guest.call((Sys.OPENAT, AT_FDCWD, init.virtual(_PATH), os.O_RDONLY, 0))
-    assert fd >= 0, os.strerror(-fd)
-    while True:
-        [size] = guest.call((Sys.READ, fd, init.virtual(_BUFFER), 0x8000))
-        assert size >= 0, os.strerror(-size)
-        if not size:
-            break
-        parts.append(agent.get(init, _BUFFER, size))
-    guest.call((Sys.CLOSE, fd))
-    return b"".join(parts)
+    """Read a file of the guest's to its end."""
+    init, data = guest.agent.init, b""
+    fd = open_file(guest, path)
+    while (size := guest.call((READ, fd, init.virtual(DATA_AT), CHUNK))[0]) > 0:
+        data += guest.agent.get(init, DATA_AT, size)
+    guest.call((CLOSE, fd))
+    return data
 
 
-def spawn(guest: Guest, *, pid: int = 0, flags: int = 0) -> tuple[Task, int]:
-    """Make a child of init, with `pid` if given; return it and clone3's result. With `flags` 0 it is a process."""
+def trace(guest: Guest, name: str, text: str | None = None) -> str:
+    """Append `text` to a file of the guest's tracefs, or without one read it."""
+    if text is None:
+        return read_file(guest, TRACING + name).decode()
+    write_file(guest, TRACING + name, text.encode())
+    return ""
+
+
+def run_for(guest: Guest, ns: int) -> None:
+    """Let virtual time pass in an idle guest."""
+    cpu = guest.machine.cpu
+    end = cpu.now + ns
+    while cpu.now < end:
+        if guest.agent.step(end) is Stop.HALTED:
+            event = guest.machine.next_event()
+            cpu.now = max(cpu.now, min(end, end if event is None else event))
+
+
+def compile_static(source: str, directory: Path) -> bytes:
+    """Return a static program made of C, for the guest to run."""
+    assert shutil.which("cc")
+    (directory / "p.c").write_text(source)
+    command = ["cc", "-static", "-O1", "-s", "-w", "-o", directory / "p", directory / "p.c"]
+    subprocess.run(command, check=True)
+    return (directory / "p").read_bytes()
+
+
+def run_program(guest: Guest, program: bytes, *arguments: str) -> tuple[int, str]:
+    """Run a program in the guest; its wait status and what it wrote to its standard output."""
     agent, init = guest.agent, guest.agent.init
+    write_file(guest, "/tmp/program", program, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = open_file(guest, "/tmp/output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     child = agent.new_task()
     stack, stack_size = child.stack
-    wish = (init.virtual(_BUFFER), 1) if pid else (0, 0)
-    agent.put(init, _BUFFER, struct.pack("<i", pid))
-    agent.put(init, _PATH, _CLONE_ARGS.pack(flags, 0, 0, 0, signal.SIGCHLD, stack, stack_size, 0, *wish, 0))
-    [result] = guest.call((CALL_SPAWN, init.virtual(_PATH), _CLONE_ARGS.size, child.slot))
-    if result < 0:
-        agent.forget(child)
-    else:
-        child.pid = result
-    return child, result
-
-
-def run_elf(guest: Guest, program: bytes) -> int:
-    """Put a program into the guest and run it; return its wait status."""
-    agent, init = guest.agent, guest.agent.init
-    assert write_file(guest, "/tmp/program", program, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755) == len(program)
-    agent.put(init, _PATH, bytes(32))  # SIG_DFL: init ignores SIGCHLD, which would take the status away
-    guest.call((Sys.RT_SIGACTION, signal.SIGCHLD, init.virtual(_PATH), 0, 8))
-    child, pid = spawn(guest)
-    assert pid > 0, os.strerror(-pid)
-    agent.put(child, _PATH, b"/tmp/program\0")
-    agent.put(child, 0x100, struct.pack("<QQ", child.virtual(_PATH), 0))
-    agent.submit(child, [(Sys.EXECVE, child.virtual(_PATH), child.virtual(0x100), child.virtual(0x108))])
-    [gone] = guest.call((Sys.WAIT4, pid, init.virtual(_BUFFER), 0, 0))
-    assert gone == pid
+    clone_args = struct.pack("<11Q", 0, 0, 0, 0, signal.SIGCHLD, stack, stack_size, 0, 0, 0, 0)
+    agent.put(init, 0, clone_args)
+    agent.put(init, 0x100, bytes(32))
+    default = (RT_SIGACTION, signal.SIGCHLD, init.virtual(0x100), 0, 8)
+    [_, pid] = guest.call(default, (CALL_SPAWN, init.virtual(0), len(clone_args), child.slot))
+    assert pid > 0
+    words = ["/tmp/program", *arguments]
+    blob, pointers = b"", []
+    for word in words:
+        pointers.append(child.virtual(0x800 + len(blob)))
+        blob += word.encode() + b"\0"
+    agent.put(child, 0, struct.pack(f"<{len(pointers) + 2}Q", *pointers, 0, 0))
+    agent.put(child, 0x800, blob)
+    at = child.virtual
+    calls = [(DUP2, out, 1), (EXECVE, pointers[0], at(0), at(8 * len(pointers))), (EXIT, 127)]
+    agent.submit(child, calls)
+    assert guest.call((WAIT4, pid, init.virtual(0), 0, 0)) == [pid]
     agent.forget(child)
-    return int(struct.unpack("<i", agent.get(init, _BUFFER, 4))[0])
-
-
-def elf(code: bytes) -> bytes:
-    """A static x86-64 program that starts at the first byte of `code`."""
-    at, start = 0x400000, 0x78
-    size = start + len(code)
-    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, at + start, 0x40, 0, 0, 0x40, 0x38, 1, 0, 0, 0)
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, at, at, size, size, 0x1000)
-    return header + segment + code
+    guest.call((CLOSE, out))
+    [status] = struct.unpack("<i", agent.get(init, 0, 4))
+    return status, read_file(guest, "/tmp/output").decode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_int, c_int32, c_int64, c_short, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -155,5 +155,9 @@ def library() -> ctypes.CDLL:
     lib.watch_add.argtypes = [POINTER(Core), c_uint64, c_uint64, c_uint32, c_uint32, c_uint64]
     lib.watch_move.argtypes = [POINTER(Core), c_int, c_uint64]
     lib.watch_remove.argtypes = [POINTER(Core), c_int]
+    lib.watch_again.argtypes = [POINTER(Core), c_uint64]
+    lib.watch_again.restype = c_bool
+    lib.watch_detach.argtypes = [POINTER(Core)]
+    lib.watch_detach.restype = None
     lib.redirect_install.argtypes = [POINTER(Core)]
     return lib

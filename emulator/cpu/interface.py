@@ -75,11 +75,21 @@ class CPU(Protocol):
         """End every run with Stop.TRAP in front of the instruction at a guest virtual address; RIP stands there.
 
         `when` is asked each time, inside the run: if it says False the guest goes on at the cost of about 1 us.
-        Code translated earlier does not know: add traps before the guest runs, or use `forget_code()`.
+        One trap an address. Code translated earlier does not know of it: use `forget_code()` when the guest has run.
         """
+
+    def remove_trap(self, address: int) -> None:
+        """Take back `add_trap()`, while the CPU is stopped. Raises KeyError when there is none."""
 
     def pass_trap(self) -> None:
         """Let the next run execute the instruction it was stopped in front of."""
+
+    def step(self) -> Stop | None:
+        """Execute the instruction at RIP alone, without taking an interrupt or looking at a trap there.
+
+        Returns Stop.DEADLINE behind it, another Stop if it led to one, None when it raised an exception, whose handler
+        is next. Raises EmulatorError when this CPU cannot.
+        """
 
     def forget_code(self, start: int, end: int) -> None:
         """Forget translated code at guest virtual addresses start..end-1: the host wrote there."""

@@ -210,6 +210,14 @@ class Engine:
         )
         return handle
 
+    def unhook(self, handle: c_size_t) -> None:
+        """Delete a hook while the engine is stopped.
+
+        The engine forgets the code it was called from by guest virtual address, so the CPU must be in a mode that may
+        read there. The callback is the caller's to keep until the engine has run again.
+        """
+        self._check("hook_del", self.lib.uc_hook_del(self.handle, handle))
+
     def hook_ports(self, read: Callable[[int, int], int], write: Callable[[int, int, int], None]) -> None:
         """Call `read(port, size)` for IN and `write(port, size, value)` for OUT."""
         on_in = ctypes.CFUNCTYPE(c_uint32, c_void_p, c_uint32, c_int, c_void_p)(

@@ -7,19 +7,21 @@ Python is entered for port and MMIO accesses only. See native/core.h for the div
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_uint32, c_uint64, c_void_p
 
 from emulator.cpu import layout as layouts
 from emulator.cpu import libunicorn
 from emulator.cpu.core import OFFSETS, Core, PollFd, library
-from emulator.cpu.interface import GuestDied, PortIO, Stop
+from emulator.cpu.interface import NS_PER_BLOCK, GuestDied, PortIO, Stop
 from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
-from emulator.cpu.watchpoints import Watchpoints
+from emulator.cpu.watchpoints import CFLAGS_NEXT_TB, Watchpoints
 from emulator.errors import EmulatorError
 
 _POLLIN = 1
 _RFLAGS_IF = 0x200
+_HF_CPL = 3
 _HF_INHIBIT_IRQ = 8
 
 
@@ -76,6 +78,49 @@ class NativeCPU(UnicornCPU):
             except EmulatorError as error:
                 self.no_watchpoints = str(error)
 
+    # ---- traps
+
+    @contextmanager
+    def _in_kernel_mode(self) -> Iterator[None]:
+        """Let the engine look up addresses as ring 0 does: in user mode the kernel's would be page faults."""
+        ring = self._hflags.value & _HF_CPL
+        self._hflags.value &= ~_HF_CPL
+        try:
+            yield
+        finally:
+            self._hflags.value |= ring
+
+    def remove_trap(self, address: int) -> None:
+        super().remove_trap(address)
+        with self._in_kernel_mode():
+            self.engine.unhook(self._trap_hooks.pop(address))
+
+    def forget_code(self, start: int, end: int) -> None:
+        with self._in_kernel_mode():
+            self.engine.forget_code(start, end)
+
+    def _on_trap(self, address: int) -> None:
+        # An instruction that hits a watchpoint is begun twice.
+        if not self._lib.watch_again(self._core, address):
+            super()._on_trap(address)
+
+    def step(self) -> Stop | None:
+        if self.watchpoints is None:
+            raise EmulatorError(f"this CPU cannot execute single instructions: {self.no_watchpoints}")
+        core = self._core
+        self.pass_trap()
+        exceptions = core.exceptions
+        one = c_uint32.from_address(self.layout.cpu + CFLAGS_NEXT_TB)
+        one.value = 1
+        ip, matches = self.read("rip"), core.watch.matches
+        stop = self.run(self.now + NS_PER_BLOCK)
+        if stop is Stop.DEADLINE and self.read("rip") == ip and core.watch.matches != matches:
+            # It hits a watchpoint: it was only begun, and takes two blocks.
+            self.pass_trap()
+            one.value = 1
+            stop = self.run(self.now + 2 * NS_PER_BLOCK)
+        return stop if core.exceptions == exceptions else None
+
     # ---- time
 
     @property
@@ -125,6 +170,10 @@ class NativeCPU(UnicornCPU):
         return {
             name: getattr(self._core, name) for name in ("exceptions", "syscalls", "interrupts", "hypercalls", "runs")
         }
+
+    def close(self) -> None:
+        super().close()
+        self._lib.watch_detach(self._core)
 
     # ---- state
 

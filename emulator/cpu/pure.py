@@ -32,6 +32,7 @@ from emulator.cpu.libunicorn import (
     UnicornError,
 )
 from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
+from emulator.errors import EmulatorError
 
 # Instructions between two looks at the stop word, the descriptors and the deadline; about 200 us of host time.
 _SLICE = 20_000
@@ -254,6 +255,9 @@ class PureCPU(UnicornCPU):
         self.engine.hook(HOOK_BLOCK, self._on_halt, halt, halt)
         self.engine.forget_code(halt, halt + 1)
         return halt == begin if count == 1 else before == _STI
+
+    def step(self) -> Stop | None:
+        raise EmulatorError("this CPU executes no single instructions: use the native one")
 
     def shorten(self, deadline_ns: int) -> None:
         if deadline_ns < self._deadline:

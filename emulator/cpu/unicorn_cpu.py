@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_char, c_uint32, c_uint64, c_void_p
+from ctypes import c_char, c_size_t, c_uint32, c_uint64, c_void_p
 
 from emulator.cpu.interface import PortIO
 from emulator.cpu.libunicorn import HOOK_CODE, Engine
@@ -36,6 +36,11 @@ class UnicornCPU:
         self._ports = ports
         self.trapped: int | None = None
         self._pass: int | None = None
+        self._traps: dict[int, Callable[[], bool] | None] = {}
+        self._trap_hooks: dict[int, c_size_t] = {}
+        self._trap_callback = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)(
+            lambda _uc, address, _size, _data: self._on_trap_hook(address)
+        )
 
     # ---- traps
 
@@ -44,13 +49,26 @@ class UnicornCPU:
 
         `when` is asked each time, inside the run: if it says False the guest goes on at the cost of about 1 us.
         """
+        self._traps[address] = when
+        if address not in self._trap_hooks:
+            hook = self.engine.hook(self.TRAP_HOOK, self._trap_callback, begin=address, end=address)
+            self._trap_hooks[address] = hook
 
-        def on_code(_uc: int, at: int, _size: int, _data: int) -> None:
+    def remove_trap(self, address: int) -> None:
+        """Take back `add_trap()`, while the CPU is stopped."""
+        del self._traps[address]
+        if self._pass == address:
+            self._pass = None
+
+    def _on_trap_hook(self, address: int) -> None:
+        if address not in self._traps:
+            return
+        try:
+            when = self._traps[address]
             if when is None or when():
-                self._on_trap(at)
-
-        callback = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)(on_code)
-        self.engine.hook(self.TRAP_HOOK, callback, begin=address, end=address)
+                self._on_trap(address)
+        except BaseException as error:
+            self._fail(error)
 
     def pass_trap(self) -> None:
         """Let the next run execute the instruction it was stopped in front of."""
@@ -69,7 +87,10 @@ class UnicornCPU:
 
     def forget_code(self, start: int, end: int) -> None:
         """Forget translated code at guest virtual addresses start..end-1: the host wrote there."""
-        self.engine.forget_code(start, end)
+        if self.read("cs") & 3:
+            self.engine.flush_translations()  # in user mode the engine could not find the kernel's code
+        else:
+            self.engine.forget_code(start, end)
 
     # ---- device callbacks
 

@@ -19,7 +19,7 @@ from emulator.cpu.layout import Layout, LayoutError
 from emulator.cpu.libunicorn import Engine
 from emulator.errors import EmulatorError
 
-_CFLAGS_NEXT_TB = 24
+CFLAGS_NEXT_TB = 24
 _ICOUNT = 304
 _DR = 5400
 _WATCHPOINT = 5464
@@ -75,7 +75,7 @@ class Watchpoints:
         watch.restore_state = libunicorn.address("cpu_restore_state_x86_64")
         watch.loop_exit = libunicorn.address("cpu_loop_exit_noexc_x86_64")
         watch.flush_tlb = libunicorn.address("tlb_flush_x86_64")
-        watch.at.cpu_cflags_next_tb = _CFLAGS_NEXT_TB
+        watch.at.cpu_cflags_next_tb = CFLAGS_NEXT_TB
         watch.at.cpu_icount = _ICOUNT
         watch.at.env_dr = _DR
         watch.at.env_watchpoint = _WATCHPOINT
@@ -156,7 +156,7 @@ class Watchpoints:
 
 def _check(engine: Engine, layout: Layout) -> None:
     """Verify the offsets watch.c uses. Raises LayoutError."""
-    if c_uint32.from_address(layout.cpu + _CFLAGS_NEXT_TB).value != 0xFFFF_FFFF:
+    if c_uint32.from_address(layout.cpu + CFLAGS_NEXT_TB).value != 0xFFFF_FFFF:
         raise LayoutError("cflags_next_tb")
     icount = c_uint64.from_address(layout.cpu + _ICOUNT).value
     if not layout.env - _ICOUNT_WITHIN <= icount < layout.env:

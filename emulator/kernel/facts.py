@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
 from emulator.errors import EmulatorError
-from emulator.kernel.btf import Btf, BtfLookupError
-from emulator.kernel.kallsyms import Symbols
+
+if TYPE_CHECKING:  # a restore needs neither
+    from emulator.kernel.btf import Btf
+    from emulator.kernel.kallsyms import Symbols
 
 _WORD = (1 << 64) - 1
 _WORK_ROOM = 128  # bytes the agent sets aside for one irq_work with the sleeper's task behind it
@@ -84,8 +87,41 @@ class TextPokeFacts:
         return facts
 
 
+@dataclass(frozen=True)
+class SeqFileFacts:
+    """What `emulator.seqfile` needs: guest virtual addresses of functions, offsets in struct seq_file."""
+
+    starts: tuple[int, ...]
+    size: int
+    count: int
+    op: int
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON values."""
+        return {**asdict(self), "starts": list(self.starts)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> SeqFileFacts:
+        """Return what `to_json()` gave, checked. Raises EmulatorError."""
+        starts = values.get("starts")
+        given = [values.get("size"), values.get("count"), values.get("op")]
+        given += starts if isinstance(starts, list) else [None]
+        numbers = [number for number in given if type(number) is int and 0 <= number <= _WORD]
+        if len(numbers) != len(given):
+            raise EmulatorError("snapshot: the seq_file facts are not of this version")
+        return cls(tuple(numbers[3:]), *numbers[:3])
+
+
+def seq_file_facts(symbols: Symbols, btf: Btf) -> SeqFileFacts:
+    """Look the facts up. ftrace's start function is called t_start, as are a few others, which do no harm."""
+    starts = tuple(symbol.address for symbol in symbols.find("t_start"))
+    return SeqFileFacts(starts, *(btf.offsetof("seq_file", name) for name in ("size", "count", "op")))
+
+
 def text_poke_facts(symbols: Symbols, btf: Btf) -> TextPokeFacts | None:
     """Look the facts up; None for a kernel that patches its code in some other way, which then is only slower."""
+    from emulator.kernel.btf import BtfLookupError
+
     try:
         if "smp_text_poke_batch_finish" in symbols:  # from 6.16
             entry, patch = symbols["smp_text_poke_batch_finish"], "smp_text_poke_loc"

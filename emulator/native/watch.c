@@ -10,6 +10,7 @@
  * Lookups are by page: a bitmap of watched bytes for reads and one for writes, so that an access that hits nothing costs
  * the same with one watchpoint on the page or a thousand.
  */
+#define _GNU_SOURCE /* dladdr1() */
 #include "watch.h"
 
 #include <elf.h>
@@ -401,6 +402,12 @@ static void qemu_check(void *cpu, uint64_t address, uint64_t length, uint32_t at
 	c->watch.loop_exit(cpu);
 }
 
+bool watch_again(const struct core *c, uint64_t ip)
+{
+	return c == owner && now.second_pass && !now.pending && now.ip == ip && now.exceptions == c->exceptions &&
+	       now.interrupts == c->interrupts;
+}
+
 /* ---- between instructions */
 
 /* A new run: the block made for the second pass is gone. */
@@ -571,13 +578,20 @@ int watch_install(struct core *c, const void *const stubs[5])
 		}
 		installed = true;
 	}
-	/* A former machine's watchpoints die with it. */
+	watch_detach(owner); /* a former machine's watchpoints die with it */
+	owner = c;
+	return 0;
+}
+
+void watch_detach(struct core *c)
+{
+	if (c != owner)
+		return;
 	for (int i = 0; i < table_size; i++)
 		if (table[i]->used) {
 			remove_from_pages(table[i]);
 			table[i]->used = false;
 		}
 	memset(&now, 0, sizeof(now));
-	owner = c;
-	return 0;
+	owner = NULL;
 }

@@ -65,6 +65,10 @@ int watch_install(struct core *c, const void *const stubs[5]);
 int watch_add(struct core *c, uint64_t address, uint64_t length, uint32_t access, uint32_t kind, uint64_t token);
 int watch_move(struct core *c, int number, uint64_t address);
 int watch_remove(struct core *c, int number);
+/* Forget a machine that is gone, with its watchpoints. */
+void watch_detach(struct core *c);
+/* Is the instruction at RIP, which hits a watchpoint, about to be executed for the second time? From hooks. */
+bool watch_again(const struct core *c, uint64_t ip);
 uint64_t watch_size(void);
 
 /* For core.c. */

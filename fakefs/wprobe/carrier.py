@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from emulator.cpu.watchpoints import Access, Kind, Watchpoints
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
-from emulator.kernel.btf import BtfLookupError
 from emulator.memory import BadAddress
 
 FUNCTION = "emergency_restart"
@@ -66,6 +65,8 @@ class CarrierFacts:
 
 def carrier_facts(guest: Guest) -> CarrierFacts | None:
     """Look the facts up in a just booted guest; None when its kernel lacks something."""
+    from emulator.kernel.btf import BtfLookupError
+
     symbols, btf = guest.symbols, guest.btf
     try:
         low, high = _handler_stack(guest)

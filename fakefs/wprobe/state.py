@@ -97,8 +97,8 @@ class State:
 
     @property
     def in_use(self) -> bool:
-        """Whether a set trigger would find it busy."""
-        return any(file.enabled or file.soft_mode for file in self._files.values())
+        """Whether a set trigger would find it busy. The kernel's test: is a breakpoint allocated?"""
+        return self.registered
 
     def shown_enable(self, instance: str = "") -> str:
         """The `enable` file of an instance: `0`, `1`, `0*` or `1*`."""
@@ -152,8 +152,13 @@ class State:
         """Put a set trigger in force and park. Raises `ProbeError`: EBUSY if in use, ENOSPC or EINVAL otherwise."""
         if self.in_use:
             raise ProbeError(errno.EBUSY)
+        before = self.address
         self.address = self.definition.dummy_address
-        return self._attach("set", source, count, instance)
+        try:
+            return self._attach("set", source, count, instance)
+        except ProbeError:
+            self.address = before
+            raise
 
     def attach_clear(self, source: Hashable, count: int | None = None, instance: str = "") -> Attachment:
         """Put a clear trigger in force. Raises `ProbeError`: EEXIST if that event has one already, else as above."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from emulator.errors import EmulatorError
 from emulator.guest import Guest
-from emulator.kernel.btf import BtfError
+
+if TYPE_CHECKING:
+    from emulator.kernel.btf import Member as BtfMember
 from fakefs.wprobe.typecast import Member
 
 
@@ -32,7 +37,7 @@ class GuestStructs:
         """Is there a structure or union of that name?"""
         try:
             self._guest.btf.struct(struct)
-        except BtfError:
+        except EmulatorError:
             return False
         return True
 
@@ -41,19 +46,21 @@ class GuestStructs:
         btf = self._guest.btf
         try:
             member = btf.member(struct, path)
-        except BtfError:
+        except EmulatorError:
             return None
-        bitfield = bool(member.bit_size)
-        described = btf.describe(member.type)
-        return Member(member.offset, _fetch_type(described, member.size), _pointee(described), bitfield)
+        return Member(
+            member.offset, self._fetch_type(member), _pointee(btf.describe(member.type)), bool(member.bit_size)
+        )
 
-
-def _fetch_type(described: str, size: int) -> str | None:
-    """Return the fetch argument type of an integer of a C type; None for what is read as x64."""
-    signed = not described.startswith(("unsigned", "u", "bool", "_Bool", "size_t"))
-    if "*" in described or size not in (1, 2, 4, 8):
-        return None
-    return f"{'s' if signed else 'u'}{8 * size}"
+    def _fetch_type(self, member: BtfMember) -> str | None:
+        """Return the fetch argument type of an integer, an enumeration or a bit-field; None: what is read as x64."""
+        kind = self._guest.btf.resolve(member.type)
+        signed = getattr(kind, "signed", None)  # of Int and Enum alone
+        if signed is None or member.size not in (1, 2, 4, 8):
+            return None
+        if member.bit_size:
+            return f"b{member.bit_size}@{member.bit_offset}/{8 * member.size}"
+        return f"{'s' if signed else 'u'}{8 * member.size}"
 
 
 def _pointee(described: str) -> str | None:

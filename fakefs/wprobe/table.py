@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from emulator.cpu.watchpoints import Access
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
-from emulator.kernel.btf import BtfLookupError
 from emulator.memory import BadAddress
 from fakefs.wprobe.carrier import Carriers
 from fakefs.wprobe.definition import Definition
@@ -61,6 +60,8 @@ class TableFacts:
 
 def table_facts(guest: Guest) -> TableFacts | None:
     """Look the facts up in a just booted guest; None when its kernel lacks something."""
+    from emulator.kernel.btf import BtfLookupError
+
     symbols, btf = guest.symbols, guest.btf
     try:
         return TableFacts(

@@ -96,10 +96,10 @@ class _Parser:
         if start == len(self._line):
             self._shown = self._line[: command.end(2)]
             self._refuse(errors.WPROBE_NOT_FOUND, command.end(2) + 1)
+        parameter, condition = self._split(start)
+        self._shown = self._line[: start + len(parameter)]
         if on_kprobe:
             self._refuse(errors.WPROBE_ON_KPROBE, 0, errno.EOPNOTSUPP)
-
-        parameter, condition = self._split(start)
         name, colon, rest = parameter.partition(":")
         self._shown = self._line[: start + len(name)]
         found = target(name)
@@ -112,7 +112,7 @@ class _Parser:
         text, second, number = rest.partition(":")
         field: str | None = None
         adjust = 0
-        if kind == "clear" and (not colon or (not second and self._is_count(text))):
+        if kind == "clear" and (not colon or self._is_count(text)):
             number, second, count_column = text, colon, column
         elif not colon:
             self._refuse(errors.WPROBE_NEED_FIELD, start + len(parameter))
@@ -130,12 +130,13 @@ class _Parser:
         return self._line[start : found.start()], self._line[found.end() :]
 
     def _is_count(self, text: str) -> bool:
-        """Whether the only parameter of a clear is a count. A field of that name goes first."""
-        if text in self._fields:
-            return False
-        return text == "unlimited" or text.startswith("count=") or text[:1] in tuple("0123456789")
+        """Whether the first parameter of a clear is a count: whatever is no name and no typecast, and two words."""
+        if not re.match(r"[A-Za-z_(]", text):
+            return True
+        return text.startswith(("count=", "unlimited")) and re.split(r"[+-]", text)[0] not in self._fields
 
     def _count(self, text: str, column: int) -> int | None:
+        text = text.partition(":")[0]
         if text == "unlimited":
             return None
         count = kstrtoul(text.removeprefix("count="))
@@ -183,12 +184,14 @@ class _Parser:
             self._refuse(errors.TYPECAST_REQ_FIELD, field_column)
 
         struct, comma, anchor = cast_to.partition(",")
-        if not self._structs.known(struct):
-            self._refuse(errors.BAD_BTF_TID, column + 1, errno.ENOENT)
-        back = self._offset(struct, anchor, column + 2 + len(struct)) if comma else 0
         member_column = field_column + len(field) + 2
         member, adjust = self._adjust(path, member_column)
-        return field, self._offset(struct, member, member_column) - back + adjust, field_column
+        if not self._structs.known(struct):
+            self._refuse(errors.BAD_BTF_TID, column + 1, errno.ENOENT)
+        adjust += self._offset(struct, member, member_column)
+        if comma:
+            adjust -= self._offset(struct, anchor, column + 2 + len(struct))
+        return field, adjust, field_column
 
     def _offset(self, struct: str, path: str, column: int) -> int:
         member = self._structs.member(struct, path)

@@ -2,8 +2,8 @@
 
 `wprobe_golden/*.txt` are excerpts of shell transcripts of such a kernel: a `# name:` line for each case, then commands
 (`$ `), what they printed, and `[exit N]`. Timestamps and the numbers of missed hits do not count. A line
-`! EVENT FIELD=VALUE...` is not in the original: it tells of what happened inside the kernel, an event with the fields its
-triggers look at.
+`! EVENT FIELD=VALUE...` is not in the original: it tells of what happened inside the kernel, an event with the fields
+its triggers look at.
 """
 
 from __future__ import annotations
@@ -265,7 +265,8 @@ class World:
                 try:
                     self.write(written[4], write, written[3] == ">>")
                 except ProbeError as error:
-                    where = written[4] if text == "" and written[4] == "dynamic_events" else f"{written[1]}: write error"
+                    opening = text == "" and written[4] == "dynamic_events"
+                    where = "dynamic_events" if opening else f"{written[1]}: write error"
                     output, status = f"{where}: {os.strerror(error.number)}\n", 1
             return output, status
         words = command.split()
