@@ -77,11 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing",
     )
     mount.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
-    mount.add_argument("--kernel", metavar="PATH", type=Path, help="a vmlinuz or vmlinux; default: fakefs kernel list")
-    mount.add_argument(
-        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 128M (default), 1G ..."
-    )
-    mount.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
+    _add_guest_options(mount)
     mount.add_argument(
         "--root",
         metavar="PATH",
@@ -89,13 +85,6 @@ def parser() -> argparse.ArgumentParser:
         help="the guest's directory to show, default: %(default)s",
     )
     mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="mount options: uid=, gid=, mode=, ro")
-    mount.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
-    mount.add_argument(
-        "--wprobe",
-        choices=("unlimited", "strict", "off"),
-        default="unlimited",
-        help="watchpoints: any number (default), four as on hardware, or none",
-    )
     mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
     mount.set_defaults(run=_mount)
 
@@ -103,6 +92,21 @@ def parser() -> argparse.ArgumentParser:
     umount.add_argument("directory", metavar="DIR", type=Path)
     umount.add_argument("--lazy", action="store_true", help="also while files in it are open")
     umount.set_defaults(run=_umount)
+
+    run = _add(
+        commands,
+        "run",
+        "run a program with a guest's tracefs at /sys/kernel/tracing, and its kernel's other files",
+        "fakefs run -- trace-cmd list -e sched\n"
+        "fakefs run -- sh -c 'echo 1 > /sys/kernel/tracing/events/sched/enable; cat /sys/kernel/tracing/trace'\n"
+        "fakefs run --mount /tmp/tracing -- ./my-test.sh",
+        usage="fakefs run [OPTION ...] -- CMD [ARG ...]",
+    )
+    shell = _add(commands, "shell", "run your shell as by fakefs run", "fakefs shell\nfakefs shell --mount /tmp/mnt")
+    for command in (run, shell):
+        _add_guest_options(command)
+        command.add_argument("--mount", metavar="DIR", type=Path, help="the kernel of a running mount, not a fresh one")
+        command.set_defaults(run=_run)
 
     execute = _add(
         commands,
@@ -128,6 +132,22 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     kernel_command.add_parser(commands)
     return whole
+
+
+def _add_guest_options(command: argparse.ArgumentParser) -> None:
+    what = "a vmlinuz or vmlinux; default: fakefs kernel list"
+    command.add_argument("--kernel", metavar="PATH", type=Path, help=what)
+    command.add_argument(
+        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 128M (default), 1G ..."
+    )
+    command.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
+    command.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
+    command.add_argument(
+        "--wprobe",
+        choices=("unlimited", "strict", "off"),
+        default="unlimited",
+        help="watchpoints: any number (default), four as on hardware, or none",
+    )
 
 
 def version() -> str:
@@ -177,6 +197,12 @@ def _umount(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    from fakefs import run_command
+
+    return run_command.run(arguments)
+
+
 def _exec(arguments: argparse.Namespace) -> int:
     from fakefs import client
 
@@ -210,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = sys.argv[1:] if argv is None else argv
     # Everything behind `exec ... --` is the program's; argparse would look for options of ours in it.
-    words, program = _split(words) if words[:1] == ["exec"] else (words, [])
+    words, program = _split(words) if words[:1] in (["exec"], ["run"], ["shell"]) else (words, [])
     arguments = parser().parse_args(words)
     arguments.program = program
     try:

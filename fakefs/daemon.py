@@ -38,6 +38,7 @@ class Service:
     deterministic: bool = False
     wprobe: str = "unlimited"  # or "strict", like four debug registers, or "off"
     options: MountOptions = field(default_factory=MountOptions)
+    private: bool = False  # in a mount namespace of its own, with which the mount ends
 
 
 def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
@@ -68,7 +69,14 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
             watched.extend(_fuse_descriptors())
             ready()
 
-        await serve(files, service.mountpoint, root=service.root, options=service.options, ready=mounted)
+        await serve(
+            files,
+            service.mountpoint,
+            root=service.root,
+            options=service.options,
+            auto_unmount=not service.private,
+            ready=mounted,
+        )
         nursery.cancel_scope.cancel()
 
 

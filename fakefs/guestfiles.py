@@ -17,6 +17,7 @@ import trio
 from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call
 from fakefs.files import Caller, Interrupt, OpenFile, Stat
 from fakefs.shadow import Shadow, Shadows
+from fakefs.static import TRACEFS
 from fakefs.syscalls import Sys
 
 # A slot's data area: paths and small things first, a buffer behind them, the end is shadow.py's.
@@ -35,6 +36,8 @@ _STATX = struct.Struct("<IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxx")
 _STATX_SIZE = 256
 _STATX_BATCH = min(SLOT_MAX_CALLS, _BUFFER_SIZE // _STATX_SIZE)
 _NAMES_ROOM = _BUFFER - _PATH
+_PAGE = 4096
+_RAW = (b"trace_pipe", b"trace_pipe_raw", b"snapshot_raw")
 _DIRENT = struct.Struct("<QqHB")
 # Flags fcntl(2) can change while a file is open.
 _LIVE_FLAGS = os.O_NONBLOCK | os.O_APPEND
@@ -43,7 +46,19 @@ _LIVE_FLAGS = os.O_NONBLOCK | os.O_APPEND
 class GuestFile:
     """An open file of the guest. Its descriptor is shared by all shadows; `position` is where the guest's is."""
 
-    __slots__ = ("fd", "flags", "live_flags", "opener", "path", "poller", "position", "seekable")
+    __slots__ = (
+        "end",
+        "fd",
+        "flags",
+        "is_text",
+        "live_flags",
+        "long",
+        "opener",
+        "path",
+        "poller",
+        "position",
+        "seekable",
+    )
 
     def __init__(self, fd: int, path: bytes, flags: int, opener: int, seekable: bool) -> None:
         self.fd = fd
@@ -52,6 +67,9 @@ class GuestFile:
         self.live_flags = flags & _LIVE_FLAGS
         self.opener = opener
         self.seekable = seekable
+        self.is_text = seekable and path.startswith(TRACEFS) and not path.endswith(_RAW)
+        self.long = False  # more than the pages of one request have been there so far
+        self.end: int | None = None  # where the guest has said that the text ends
         self.position = 0
         self.poller: _Poller | None = None
 
@@ -193,19 +211,43 @@ class GuestFiles:
         return GuestFile(fd, path, flags, caller.tid, seekable)
 
     async def read(self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt) -> bytes:
-        """read(2) by the caller's shadow, at `offset`; a signal to the caller ends it with EINTR."""
+        """read(2) by the caller's shadow, at `offset`; a signal to the caller ends it with EINTR.
+
+        A text is read on to its end, or as far as `size` goes, without the guest doing anything else in between. Each
+        request wakes the shadow and lets it sleep, which are events; a reader of `trace` that made one read(2) a
+        request would never get to the end of a trace that has them.
+        """
         assert isinstance(file, GuestFile)
+        if file.end == offset and offset:
+            file.end = None
+            return b""
         shadow = await self._shadows.of(caller)
         size = min(size, READ_MAX)
         async with shadow.lock:
             before = self._before(file, offset, flags)
-            calls = [*before, (Sys.READ, file.fd, shadow.task.virtual(_BUFFER), size)]
-            results = await self._shadows.read_interruptibly(shadow, calls, intr, holds_clock=False)
+            pieces = self._read_sizes(file, size)
+            at = shadow.task.virtual(_BUFFER)
+            reads = [(Sys.READ, file.fd, at + index * pieces[0], piece) for index, piece in enumerate(pieces)]
+            results = await self._shadows.read_interruptibly(shadow, [*before, *reads], intr, holds_clock=False)
             if before:
-                _check(results[-2])
-            got = _check(results[-1])
-            file.position = offset + got
-            return self._agent.get(shadow.task, _BUFFER, min(got, size))
+                _check(results[len(before) - 1])
+            results = results[len(before) :]
+            _check(results[0])
+            data = b"".join(
+                self._agent.get(shadow.task, _BUFFER + index * pieces[0], min(got, piece))
+                for index, (got, piece) in enumerate(zip(results, pieces, strict=True))
+                if got > 0
+            )
+            file.position = offset + len(data)
+            file.end = file.position if len(results) > 1 and results[-1] == 0 else None
+            file.long = results[-1] > 0
+            return data
+
+    def _read_sizes(self, file: GuestFile, size: int) -> list[int]:
+        """Divide a read: one piece for what may block, two for a text of one page, more once it proves longer."""
+        if size < 2 * _PAGE or not file.is_text:
+            return [size]
+        return [_PAGE] * (size // _PAGE if file.long else 2)
 
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         """write(2) by the caller's shadow; what does not fit a slot goes in pieces that end at line ends."""

@@ -109,17 +109,22 @@ class Mounted:
 
     def sh(self, script: str, *, timeout: float = 20, cwd: Path | None = None, merge: bool = False) -> Result:
         """Run a script by bash in the mount; `merge` sends stderr where stdout goes, in the order written."""
-        done = subprocess.run(
+        process = subprocess.Popen(
             ["timeout", "-k", "2", str(timeout), "bash", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if merge else subprocess.PIPE,
             cwd=self.path if cwd is None else cwd,
             env=self.env,
-            check=False,
         )
-        stdout, stderr = done.stdout.decode("latin-1"), (done.stderr or b"").decode("latin-1")
-        return Result(stdout, stderr, done.returncode)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout + 10)
+        except subprocess.TimeoutExpired:
+            # Not even SIGKILL ends a process whose request the daemon does not answer; the daemon's end does.
+            os.kill(self.pid, signal.SIGKILL)
+            process.communicate()
+            raise AssertionError(f"the mount hangs; its daemon was killed. Script:\n{script}") from None
+        return Result(stdout.decode("latin-1"), (stderr or b"").decode("latin-1"), process.returncode)
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a program in the mount that the test talks to."""

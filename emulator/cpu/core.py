@@ -97,6 +97,20 @@ class Redirect(ctypes.Structure):
     )
 
 
+class Smc(ctypes.Structure):
+    """struct smc."""
+
+    _fields_ = (
+        ("protect_code", c_void_p),
+        ("set_dirty", c_void_p),
+        ("reset_dirty", c_void_p),
+        ("invalidate", c_void_p),
+        ("code_address", c_void_p),
+        ("ram_base", c_uint64),
+        ("rewritten", c_uint64),
+    )
+
+
 class Core(ctypes.Structure):
     """struct core."""
 
@@ -133,6 +147,7 @@ class Core(ctypes.Structure):
         ("runs", c_uint64),
         ("watch", Watch),
         ("redirect", Redirect),
+        ("smc", Smc),
     )
 
 
@@ -159,5 +174,7 @@ def library() -> ctypes.CDLL:
     lib.watch_again.restype = c_bool
     lib.watch_detach.argtypes = [POINTER(Core)]
     lib.watch_detach.restype = None
+    lib.smc_install.argtypes = lib.smc_detach.argtypes = [POINTER(Core)]
+    lib.smc_detach.restype = None
     lib.redirect_install.argtypes = [POINTER(Core)]
     return lib

@@ -7,6 +7,7 @@ Python is entered for port and MMIO accesses only. See native/core.h for the div
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_uint32, c_uint64, c_void_p
@@ -75,8 +76,24 @@ class NativeCPU(UnicornCPU):
         if physical == 0:
             try:
                 self.watchpoints = Watchpoints(self._core, self.engine, self.layout, host_address, size)
+                self._notice_rewritten_code()
             except EmulatorError as error:
                 self.no_watchpoints = str(error)
+
+    def _notice_rewritten_code(self) -> None:
+        """Have writes to translated code noticed whatever mapping they go through. Raises LayoutError."""
+        smc = self._core.smc
+        for member, symbol in (
+            ("protect_code", "tlb_protect_code_x86_64"),
+            ("set_dirty", "tlb_set_dirty_x86_64"),
+            ("reset_dirty", "tlb_reset_dirty_x86_64"),
+            ("invalidate", "tb_invalidate_phys_range_x86_64"),
+            ("code_address", "get_page_addr_code_x86_64"),
+        ):
+            setattr(smc, member, libunicorn.address(symbol))
+        error = self._lib.smc_install(self._core)
+        if error:
+            raise layouts.LayoutError(f"its tracking of changed code ({os.strerror(error)})")
 
     # ---- traps
 
@@ -174,6 +191,7 @@ class NativeCPU(UnicornCPU):
     def close(self) -> None:
         super().close()
         self._lib.watch_detach(self._core)
+        self._lib.smc_detach(self._core)
 
     # ---- state
 

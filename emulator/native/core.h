@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "redirect.h"
+#include "smc.h"
 #include "watch.h"
 
 /* Virtual time: one translation block is this many ns, and the TSC runs at 1 GHz on the same counter. */
@@ -76,6 +77,7 @@ struct core {
 	uint64_t exceptions, syscalls, interrupts, hypercalls, runs;
 	struct watch watch;
 	struct redirect redirect;
+	struct smc smc;
 };
 
 /* Our bit in QEMU's interrupt_request (CPU_INTERRUPT_TGT_INT_2, which its x86 does not use). */

@@ -10,17 +10,14 @@
  * Lookups are by page: a bitmap of watched bytes for reads and one for writes, so that an access that hits nothing costs
  * the same with one watchpoint on the page or a thousand.
  */
-#define _GNU_SOURCE /* dladdr1() */
 #include "watch.h"
 
-#include <elf.h>
 #include <errno.h>
-#include <link.h>
-#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "core.h"
+#include "plt.h"
 
 #define PAGE_SIZE 4096u
 #define PAGE_MASK (~(uint64_t)(PAGE_SIZE - 1))
@@ -524,34 +521,6 @@ uint8_t *watch_host(struct core *c, uint64_t address, uint64_t size)
 
 /* ---- getting called */
 
-/* Point the PLT slot of the function at `old` to `new`; every call of it inside the library goes through there. */
-static int redirect_slot(const struct link_map *map, const void *old, const void *new)
-{
-	const Elf64_Rela *relocations = NULL;
-	const Elf64_Sym *symbols = NULL;
-	uint64_t size = 0;
-
-	for (const Elf64_Dyn *d = map->l_ld; d->d_tag != DT_NULL; d++) {
-		if (d->d_tag == DT_JMPREL)
-			relocations = (const Elf64_Rela *)d->d_un.d_ptr;
-		else if (d->d_tag == DT_PLTRELSZ)
-			size = d->d_un.d_val;
-		else if (d->d_tag == DT_SYMTAB)
-			symbols = (const Elf64_Sym *)d->d_un.d_ptr;
-	}
-	if (!relocations || !symbols)
-		return ENOEXEC;
-	for (uint64_t i = 0; i < size / sizeof(*relocations); i++) {
-		const Elf64_Sym *symbol = &symbols[ELF64_R_SYM(relocations[i].r_info)];
-
-		if (symbol->st_value && map->l_addr + symbol->st_value == (uintptr_t)old) {
-			memcpy((void *)(map->l_addr + relocations[i].r_offset), &new, sizeof(new));
-			return 0;
-		}
-	}
-	return ENOENT;
-}
-
 int watch_install(struct core *c, const void *const stubs[5])
 {
 	/* What the emptied functions of the 2.1.4 wheel look like: return, or return 0. */
@@ -561,17 +530,12 @@ int watch_install(struct core *c, const void *const stubs[5])
 		(const void *)(uintptr_t)qemu_remove_all, (const void *)(uintptr_t)qemu_matches,
 		(const void *)(uintptr_t)qemu_check,
 	};
-	struct link_map *map = NULL;
-	Dl_info info;
-
 	if (!installed) {
 		for (int i = 0; i < 5; i++)
 			if (memcmp(stubs[i], empty, sizeof(empty)) && memcmp(stubs[i], zero, sizeof(zero)))
 				return ENOEXEC;
-		if (!dladdr1(stubs[0], &info, (void **)&map, RTLD_DL_LINKMAP) || !map)
-			return ENOENT;
 		for (int i = 0; i < 5; i++) {
-			int error = redirect_slot(map, stubs[i], functions[i]);
+			int error = plt_redirect(stubs[i], functions[i]);
 
 			if (error)
 				return error;

@@ -32,18 +32,20 @@ async def serve(
     *,
     root: bytes = ROOT,
     options: MountOptions | None = None,
+    auto_unmount: bool = True,
     max_blocked_reads: int = MAX_BLOCKED_READS,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Mount `files` from guest path `root` on at `mountpoint` and serve until unmounted or cancelled.
 
+    `auto_unmount`: fusermount3 unmounts when this process is killed.
     `ready` is called when the mount answers. A cancelled session is unmounted; readers that wait get ECONNABORTED.
     Files that are still open then are not closed in the guest. Raises UserError.
     """
     options = options or MountOptions()
     operations = GuestOperations(files, root, options, max_blocked_reads=max_blocked_reads, ready=ready)
     discard_stale(mountpoint)
-    _mount(operations, mountpoint, options)
+    _mount(operations, mountpoint, libfuse_options(options, auto_unmount=auto_unmount))
     try:
         await pyfuse3.main(min_tasks=2, max_tasks=2 * max_blocked_reads + _SPARE_TASKS)
     finally:
@@ -51,14 +53,14 @@ async def serve(
         pyfuse3.close()
 
 
-def _mount(operations: GuestOperations, mountpoint: Path, options: MountOptions) -> None:
+def _mount(operations: GuestOperations, mountpoint: Path, options: set[str]) -> None:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         remedy = "modprobe fuse" if isinstance(error, FileNotFoundError) else "make it readable and writable"
         raise UserError(f"cannot open /dev/fuse: {error.strerror}; {remedy}") from None
     try:
-        pyfuse3.init(operations, str(mountpoint), libfuse_options(options))
+        pyfuse3.init(operations, str(mountpoint), options)
     except RuntimeError as error:
         raise UserError(f"cannot mount on {mountpoint}: {error}") from None
     if not request.in_use():
@@ -66,12 +68,12 @@ def _mount(operations: GuestOperations, mountpoint: Path, options: MountOptions)
         raise UserError("pyfuse3 has its own libfuse3; build it with the system's: pip install --no-binary pyfuse3 .")
 
 
-def libfuse_options(options: MountOptions) -> set[str]:
+def libfuse_options(options: MountOptions, *, auto_unmount: bool = True) -> set[str]:
     """What libfuse and fusermount3 are told. `fsname=tracefs` is what tools look for in /proc/mounts."""
     words = {"fsname=tracefs", f"subtype={SUBTYPE}", "nosuid", "nodev", "noexec"}
     if options.ro:
         words.add("ro")
-    if fusermount():
+    if auto_unmount and fusermount():
         words.add("auto_unmount")
     if _may_allow_other():
         # Together: with the first alone, everybody could do everything.

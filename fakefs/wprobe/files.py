@@ -146,7 +146,7 @@ class WprobeFiles(GuestFiles):
     def _rewrites(self, file: TextFile) -> bool:
         if file.role is Role.ERROR_LOG:
             return self._log_key(file.path) in self._logs
-        return file.role is Role.README or bool(self._table.wprobes)
+        return file.role in (Role.README, Role.TRIGGER) or bool(self._table.wprobes)
 
     def _rewrite(self, file: TextFile, text: str) -> str:
         match file.role:
@@ -178,8 +178,10 @@ class WprobeFiles(GuestFiles):
         return wprobe.show() + "\n" if shown else ""
 
     def _trigger_line(self, path: bytes, line: str) -> str:
+        if line.startswith("# traceon "):
+            return f"{line.rstrip()} set_wprobe clear_wprobe\n"
         for attached in self._table.attached:
-            if attached.path == path and line.startswith(_guest_trigger(attached) + ":"):
+            if attached.path == path and line.startswith(attached.command + ":"):
                 count = re.match(r"[^ ]*:count=(\d+)", line)
                 return attached.trigger.show(attached.target.missed, int(count[1]) if count else None) + "\n"
         return line
@@ -327,10 +329,14 @@ class WprobeFiles(GuestFiles):
         if wanted.kind == "set":
             self._table.park(target)
         count = "" if wanted.count is None else f":{wanted.count}"
+        attached.second = any(
+            other.path == attached.path and other.target is target and other.trigger.kind != wanted.kind
+            for other in self._table.attached
+        )
         self._table.attached.append(attached)
         target.triggers += 1
         try:
-            command = f"{_guest_trigger(attached)}{count} if {wanted.filter or _ALWAYS}"
+            command = f"{attached.command}{count} if {wanted.filter or _ALWAYS}"
             await self._to_guest(caller, file, command, flags, intr)
         except OSError:
             self._table.attached.remove(attached)
@@ -343,10 +349,24 @@ class WprobeFiles(GuestFiles):
         for attached in self._table.attached:
             same = attached.path == wanted.path and attached.target is wanted.target
             if same and attached.trigger.kind == wanted.trigger.kind:
-                await self._to_guest(caller, file, f"!{_guest_trigger(attached)}", flags, intr)
+                if attached.trigger.kind == "set" and attached.target.address is not None:
+                    await self._mute(attached)
+                await self._to_guest(caller, file, f"!{attached.command}", flags, intr)
                 self._table.attached.remove(attached)
                 attached.target.triggers -= 1
                 return
+
+    async def _mute(self, attached: Attached) -> None:
+        """Soft-disable a wprobe that a trigger has armed, or it would stay enabled without that trigger."""
+        key, name = self._log_key(attached.path), attached.target.definition
+        directory = TRACEFS + (b"/" + key if key else b"")
+        path = directory + f"/events/{name.group}/{name.event}/enable".encode()
+        root = Caller(0, 0, 0)
+        file = await super().open(root, path, os.O_WRONLY)
+        try:
+            await super().write(root, file, 0, b"0", os.O_WRONLY, _Never())
+        finally:
+            await self.close(file)
 
     async def _drop_stale(self) -> None:
         """Forget triggers whose event or instance is gone: they went with it."""
@@ -420,11 +440,6 @@ class _Never:
 
     def on_interrupt(self, callback: object) -> None:
         """Nothing interrupts them."""
-
-
-def _guest_trigger(attached: Attached) -> str:
-    kind = "enable_event" if attached.trigger.kind == "set" else "disable_event"
-    return f"{kind}:{attached.target.definition.group}:{attached.target.definition.event}"
 
 
 def _readme(text: str) -> str:

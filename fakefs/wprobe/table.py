@@ -34,6 +34,8 @@ class TableFacts:
     kprobe_register: int
     enable_trigger: int
     enable_count_trigger: int  # 0 where the kernel counts elsewhere
+    hist_trigger: int  # enable_hist's, with the same arguments
+    hist_count_trigger: int
     private_data: int  # in event_trigger_data
     count: int
     file: int  # in enable_trigger_data
@@ -67,7 +69,9 @@ def table_facts(guest: Guest) -> TableFacts | None:
         return TableFacts(
             kprobe_register=symbols["kprobe_register"],
             enable_trigger=symbols["event_enable_trigger"],
-            enable_count_trigger=next((each.address for each in symbols.find("event_enable_count_trigger")), 0),
+            enable_count_trigger=_address(guest, "event_enable_count_trigger"),
+            hist_trigger=_address(guest, "hist_enable_trigger"),
+            hist_count_trigger=_address(guest, "hist_enable_count_trigger"),
             private_data=btf.offsetof("event_trigger_data", "private_data"),
             count=btf.offsetof("event_trigger_data", "count"),
             file=btf.offsetof("enable_trigger_data", "file"),
@@ -76,6 +80,10 @@ def table_facts(guest: Guest) -> TableFacts | None:
         )
     except (KeyError, BtfLookupError):
         return None
+
+
+def _address(guest: Guest, name: str) -> int:
+    return next((each.address for each in guest.symbols.find(name)), 0)
 
 
 @dataclass(eq=False)
@@ -111,6 +119,17 @@ class Attached:
     target: Wprobe
     event_id: int
     field: int | None
+    second: bool = False  # the event had a trigger for this wprobe before
+
+    @property
+    def command(self) -> str:
+        """The guest's trigger that stands for it. An event takes one enable_event or disable_event for a target.
+
+        enable_hist and disable_hist soft-enable their target too, so a second trigger is one of these.
+        """
+        what = "hist" if self.second else "event"
+        verb = "enable" if self.trigger.kind == "set" else "disable"
+        return f"{verb}_{what}:{self.target.definition.group}:{self.target.definition.event}"
 
 
 class Table:
@@ -128,6 +147,8 @@ class Table:
         machine.trap(facts.kprobe_register, self._on_register, when=lambda: bool(self.wprobes))
         for address in filter(None, (facts.enable_trigger, facts.enable_count_trigger)):
             machine.trap(address, self._on_trigger, when=lambda: bool(self.attached))
+        for address in filter(None, (facts.hist_trigger, facts.hist_count_trigger)):
+            machine.trap(address, self._on_hist_trigger, when=lambda: bool(self.attached))
 
     # ---- the table
 
@@ -242,6 +263,18 @@ class Table:
         if cpu.read("rip") == self._facts.enable_count_trigger:
             self._done = data
         return False
+
+    def _on_hist_trigger(self) -> bool:
+        """hist_enable_trigger(data, buffer, rec, event): what is ours goes on as an enable_event trigger."""
+        cpu = self._machine.cpu
+        try:
+            if self._attached_for(cpu.read("rdi"), cpu.read("rdx")) is None:
+                return False
+        except BadAddress:
+            return False
+        counts = cpu.read("rip") == self._facts.hist_count_trigger
+        cpu.write("rip", self._facts.enable_count_trigger if counts else self._facts.enable_trigger)
+        return True
 
     def _attached_for(self, data: int, record: int) -> tuple[Attached, int | None] | None:
         facts = self._facts

@@ -21,7 +21,7 @@ from emulator.agent import SLOT_MAX_CALLS, Call
 from emulator.guest import Guest, Recipe, start
 from emulator.snapshot import DamagedSnapshot, open_snapshot
 from fakefs.syscalls import Sys
-from tests.guest_calls import AT_FDCWD, TRACEFS, call, elf, read_file, run_elf, spawn, write_file
+from tests.guest_tasks import AT_FDCWD, TRACEFS, call, elf, read_file, run_elf, spawn, write_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _VM_FS_FILES = 0x100 | 0x200 | 0x400
@@ -92,10 +92,6 @@ def test_a_program_that_faults_is_killed(guest: Guest) -> None:
     assert run_elf(guest, elf(b"\xf4")) & 0x7F == 11  # hlt: SIGSEGV
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Unicorn keeps translated code of a page that is written through another virtual address",
-)
 def test_a_program_that_is_overwritten_is_the_new_one(guest: Guest) -> None:
     assert run_elf(guest, elf(b"\x0f\x0b"), "/tmp/same") & 0x7F == 4
     assert run_elf(guest, elf(b"\xf4"), "/tmp/same") & 0x7F == 11
@@ -196,7 +192,7 @@ from contextlib import closing
 from pathlib import Path
 from emulator.guest import restore
 from emulator.snapshot import open_snapshot
-from tests.guest_calls import read_file, spawn, write_file
+from tests.guest_tasks import read_file, spawn, write_file
 top = {TRACEFS!r}
 with closing(restore(open_snapshot(Path(sys.argv[1])))) as guest:
     assert write_file(guest, top + "/kprobe_events", b"p:in vfs_read count=$arg3\\n") > 0
