@@ -255,6 +255,7 @@ int core_attach(struct core *c)
 	uint64_t handle;
 	int err;
 
+	running = c;
 	c->vector = -1;
 	err = c->hook_add(c->uc, &handle, HOOK_BLOCK, CALLBACK(on_block), c, 1, 0);
 	if (!err)

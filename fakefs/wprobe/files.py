@@ -265,6 +265,8 @@ class WprobeFiles(GuestFiles):
         """Do what opening with O_TRUNC means for wprobes; return the flags the guest's open is to have."""
         if role is Role.ERROR_LOG:
             self._logs.pop(self._log_key(path), None)
+        if role is Role.TRIGGER and any(each.second and each.path == path for each in self._table.attached):
+            return flags & ~os.O_TRUNC  # it would remove enable_hist triggers, and with them one that is ours
         wprobes = list(self._table.wprobes)
         if role is Role.DYNAMIC_EVENTS and wprobes:
             await self._drop_stale()

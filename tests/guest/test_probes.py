@@ -131,7 +131,7 @@ def test_kretprobe(guest: Guest, probes: Probes) -> None:
     assert returned[-1][1] == 0
     assert sum(size for _, size in returned) == len(content)
     assert all(size <= asked for asked, size in returned)
-    own = [int(value, 16) for value in re.findall(r"both: .* arg1=(0x[0-9a-f]+)", trace(guest, "trace"))]
+    own = [int(value, 0) for value in re.findall(r"both: .* arg1=(\S+)", trace(guest, "trace"))]
     assert own[: len(returned)] == [size for _, size in returned]
     assert probe.nmissed == 0
 
@@ -160,7 +160,7 @@ def test_kretprobe_maxactive(guest: Guest, probes: Probes) -> None:
     for _ in range(10):
         run_for(guest, 5_000_000)
         read_file(guest, "/proc/version")
-    assert schedule.hits + schedule.nmissed > 10
+    assert schedule.hits > 5
     assert schedule.nmissed > 0
 
 

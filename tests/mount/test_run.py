@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from fakefs import kernels
+from fakefs import kernels, namespace
+from fakefs.errors import UserError
+from fakefs.view import View, check_inherited
 from tests.mount.conftest import MakeMount
 from tests.mounted import FAKEFS, running, until
 
@@ -55,6 +57,7 @@ def run(request: pytest.FixtureRequest, environment: dict[str, str], kernel_path
         argv = [*before, *FAKEFS, "run", "--kernel", str(kernel), *options, "--", "bash", "-c", script]
         return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
+    assert run_script("true").returncode == 0  # boots if need be, and says so
     return run_script
 
 
@@ -81,7 +84,7 @@ def test_usual_paths(run: Run) -> None:
         cat /proc/sys/kernel/ftrace_enabled /sys/kernel/debug/kprobes/enabled /sys/devices/system/cpu/possible
         grep -c ' vfs_read$' /proc/kallsyms
         cut -d' ' -f1-2 /proc/version
-        [ -s /sys/kernel/debug/kprobes/blacklist ] && echo blacklist
+        grep -q asm_exc_debug /sys/kernel/debug/kprobes/blacklist && echo blacklist
         head -c 2 /sys/kernel/btf/vmlinux | od -An -tx1
     """)
     assert (done.stderr, done.returncode) == ("", 0)
@@ -115,7 +118,7 @@ def test_mount_and_umount(run: Run) -> None:
         cd "$(mktemp -d)" && mkdir m
         mount -t tracefs nodev m && stat -f -c %t m && cat m/current_tracer
         grep -c "tracefs $PWD/m tracefs" /proc/mounts
-        umount m && ls m && rmdir m && rmdir "$PWD"
+        umount m && ls m && rmdir m "$PWD"; cd /
         umount /sys/kernel/tracing && mount -t tracefs nodev /sys/kernel/tracing && cat /sys/kernel/tracing/tracing_on
     """)
     assert (done.stderr, done.stdout, done.returncode) == ("", f"{FUSE_MAGIC}\nnop\n1\n1\n", 0)
@@ -142,14 +145,30 @@ def test_the_hosts_tracefs_is_out_of_reach(run: Run) -> None:
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-def test_a_tracefs_of_the_hosts_is_covered(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> None:
-    """A directory that is bound from where the host keeps tracing is seen as empty, or refused as a descriptor."""
-    # The stand-in for it is a tmpfs: this test touches no real one. What decides is the type in mountinfo.
-    text = f"36 35 0:1 / {tmp_path} rw - tracefs tracefs rw\n"
-    from fakefs import mountpoint, namespace
+def test_a_tracefs_of_the_hosts_elsewhere_is_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for it is a ramfs: this test touches no real one."""
+    monkeypatch.setattr(namespace, "HOST_TRACING", {0x858458F6: "ramfs"})
+    place, private = tmp_path / "tracing", tmp_path / "private"
+    place.mkdir()
+    private.mkdir()
 
-    [mount] = mountpoint.parse_mountinfo(text.encode())
-    assert mount.fstype in namespace.HOST_TRACING.values()
+    def outer() -> int:
+        namespace.mount("ramfs", place)
+        (place / "trace").touch()
+        View(private).protect(new_pids=False)
+        return 0 if list(place.iterdir()) == [] else 1
+
+    assert os.waitpid(namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, outer), 0)[1] == 0
+
+
+def test_an_open_directory_of_the_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "HOST_TRACING", {0x9FA0: "procfs"})
+    fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(UserError, match=f"descriptor {fd} is open in the host's procfs"):
+            check_inherited()
+    finally:
+        os.close(fd)
 
 
 def test_the_hosts_settings_stay(run: Run) -> None:

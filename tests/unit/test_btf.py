@@ -4,7 +4,6 @@ import contextlib
 import json
 
 import pytest
-from tests.btf_writer import SIGNED, BtfWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from emulator.kernel.btf import (
     Type,
     Variable,
 )
+from tests.btf_writer import SIGNED, BtfWriter
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_"), min_size=1, max_size=12)
 

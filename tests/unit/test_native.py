@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": 
 @pytest.mark.parametrize("harness", HARNESSES, ids=lambda path: path.name)
 def test_sanitized(harness: Path, tmp_path: Path) -> None:
     program = tmp_path / harness.stem
-    sources = [harness, ROOT / "emulator/native" / harness.name]
+    sources = [harness, *sorted((ROOT / "emulator/native").glob("*.c"))]
     compiler = shlex.split(os.environ.get("CC", "cc"))
     command = [*compiler, *FLAGS, f"-I{ROOT / 'emulator/native'}", "-o", str(program), *map(str, sources)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
