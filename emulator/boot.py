@@ -26,6 +26,7 @@ _HIGH_MEMORY = 0x100000
 _CODE_SELECTOR, _DATA_SELECTOR = 0x10, 0x18
 _E820_RAM, _E820_RESERVED = 1, 2
 _COMMAND_LINE_MAX = 2047
+_ROOM = 32 << 20  # bytes of RAM a kernel needs beside its image to boot
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def load(image: BootImage, memory: Memory, ram_size: int, cpu: CPU) -> None:
     """
     kernel_end = max(segment.paddr + segment.memsz for segment in image.kernel.segments)
     initramfs_at = (ram_size - len(image.initramfs)) // PAGE * PAGE
-    if initramfs_at < kernel_end + (32 << 20):
-        need = (kernel_end + len(image.initramfs) + (96 << 20)) >> 20
+    if initramfs_at < kernel_end + _ROOM:
+        need = (kernel_end + len(image.initramfs) + _ROOM >> 20) + 1
         raise EmulatorError(f"{ram_size >> 20} MiB of guest memory are too little for this kernel: --memory {need}M")
     line = image.command_line.encode()
     if len(line) > _COMMAND_LINE_MAX:

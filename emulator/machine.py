@@ -25,6 +25,8 @@ from emulator.memory import Memory
 
 # An interrupt that could not be delivered for this much virtual time means a loop with interrupts off (ns).
 INTERRUPTS_OFF_LIMIT = 4_000_000_000
+# Virtual ns a panicking kernel gets for its last words; its way to a reset after them takes seconds.
+_PANIC_WORDS = 50_000_000
 _CONSOLE_LINES = 4000
 _CONSOLE_LINE_MAX = 4096
 _MMIO_PAGE = 4096
@@ -108,6 +110,7 @@ class Machine:
         self._traps: dict[int, list[Trap]] = {}
         self._deadline = 0
         self._blocked_since: int | None = None
+        self._end_after_panic: int | None = None
         self.cpu.map_ram(0, memory.size, memory.host_address)
         self.cpu.map_io(LAPIC_ADDRESS, _MMIO_PAGE, self._lapic_read, self._lapic_write)
         for start, end in ((memory.size, LAPIC_ADDRESS), (LAPIC_ADDRESS + _MMIO_PAGE, _MMIO_END)):
@@ -130,6 +133,9 @@ class Machine:
     def port_write(self, port: int, size: int, value: int) -> None:
         """Take an OUT of `size` bytes."""
         self.bus.write(port, size, value)
+        if self.console.panic and self._end_after_panic is None:
+            self._end_after_panic = self.cpu.now + _PANIC_WORDS
+            self.cpu.shorten(self._end_after_panic)
         self._events_changed()
 
     def _lapic_read(self, offset: int, size: int) -> int:
@@ -201,9 +207,11 @@ class Machine:
                     window = True
                     self._check_interrupts_off()
             event = self.next_event()
-            deadline = until if event is None else min(event, until)
+            deadline = min(each for each in (event, until, self._end_after_panic) if each is not None)
             self._deadline = max(deadline, cpu.now + NS_PER_BLOCK)
             stop: Stop | None = cpu.run(self._deadline, vector=vector, window=window)
+            if self._end_after_panic is not None and cpu.now >= self._end_after_panic:
+                raise GuestDied("the guest's kernel panicked")
             passing = stop is Stop.TRAP
             if stop is Stop.TRAP:
                 stop, passing = self._trapped()

@@ -24,6 +24,8 @@ _WORD = (1 << 64) - 1
 _REGISTER, _UNREGISTER = 0, 1  # enum trace_reg
 _TASK_SIZE = 0x7FFF_FFFF_F000
 STRICT_REGISTERS = 4
+# What the kernel's own #DB handler reads, and so keeps debug registers off.
+_READ_BY_HANDLER = ("__per_cpu_offset",)
 _ACCESS = {"r": Access.READ, "w": Access.WRITE, "rw": Access.READ | Access.WRITE}
 
 
@@ -227,6 +229,8 @@ class Table:
         """Return the errno enabling gives on a real CPU; 0 when it can be done."""
         if not self._strict or wprobe.users:
             return 0
+        if wprobe.definition.symbol in _READ_BY_HANDLER:
+            return errno.EINVAL
         if wprobe.definition.access == "r":
             return errno.EINVAL  # DR7 knows writes, and reads together with writes
         taken = sum(1 for other in self.wprobes if other.users)

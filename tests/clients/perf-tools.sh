@@ -1,0 +1,30 @@
+#!/bin/bash
+# perf-tools (Debian's perf-tools-unstable) in the view of `fakefs run`: what needs nothing but files of a tracefs.
+set -euo pipefail
+# shellcheck source=tests/clients/lib.sh
+. "$(dirname "$0")/lib.sh"
+need perf-tools-unstable
+enter "$@"
+activity
+
+hit='cat-[0-9]+ +\[000\].*myopen: \(vfs_open\+0x[0-9a-f]+/0x[0-9a-f]+\)'
+expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_open'
+expect "kprobe with an argument" "myopen: .* flags=[0-9]+" kprobe-perf -d 1 'p:myopen vfs_open flags=+0(%si):u32'
+expect "kprobe with a filter" "$hit" kprobe-perf -d 1 'p:myopen vfs_open' 'common_pid > 0'
+expect "kprobe with stacks" '=> (do_sys_openat2|path_openat)' kprobe-perf -s -d 1 'p:myopen vfs_open'
+expect "kretprobe" 'myret: .*<- vfs_open' kprobe-perf -d 1 'r:myret vfs_open $retval'
+expect "functrace" 'vfs_open <-' functrace-perf -d 1 vfs_open
+expect "funcgraph" 'vfs_open\(\) \{' funcgraph-perf -d 1 -m 2 vfs_open
+expect "tpoint" 'sched_wakeup: comm=' tpoint-perf -d 1 sched:sched_wakeup
+expect "tpoint with a filter" 'sched_switch: .*next_comm=cat' tpoint-perf -d 1 sched:sched_switch 'next_comm == "cat"'
+expect "tpoint -l" '^sched:sched_switch$' tpoint-perf -l
+# The kernel has no function profiler in Debian's configuration: the answer is a real kernel's.
+if [[ -e $tracing/function_profile_enabled ]]; then
+	expect "funccount" '^vfs_open +[0-9]+' funccount-perf -d 1 'vfs_*'
+else
+	expect "funccount, without CONFIG_FUNCTION_PROFILER" 'Have CONFIG_FUNCTION_PROFILER' funccount-perf -d 1 'vfs_*'
+fi
+echo function >$tracing/current_tracer
+expect "reset-ftrace" '^Done\.$' reset-ftrace-perf
+expect "reset-ftrace has reset" '^nop$' cat $tracing/current_tracer
+exit $failed
