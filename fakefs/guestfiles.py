@@ -228,7 +228,7 @@ class GuestFiles:
             pieces = self._read_sizes(file, size)
             at = shadow.task.virtual(_BUFFER)
             reads = [(Sys.READ, file.fd, at + index * pieces[0], piece) for index, piece in enumerate(pieces)]
-            results = await self._shadows.read_interruptibly(shadow, [*before, *reads], intr, holds_clock=False)
+            results = await self._shadows.read_interruptibly(shadow, [*before, *reads], intr, holds_clock=file.is_text)
             if before:
                 _check(results[len(before) - 1])
             results = results[len(before) :]

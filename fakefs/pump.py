@@ -94,9 +94,10 @@ class Pump:
         self._follow_host()
         limit = self.machine.cpu.now + _IN_PLACE
         try:
-            while not request.done:
+            # Deterministic: what the guest still does after the call must not depend on when the next one comes.
+            while not request.done or (self.deterministic and not self._idle):
                 stop = self.agent.step(limit)
-                self._idle = stop is Stop.HALTED or (stop is Stop.HYPERCALL and not self._busy_by_itself)
+                self._idle = self._is_idle(stop)
                 if stop is Stop.DEADLINE or (stop is Stop.HALTED and not self.agent.busy):
                     break
         except GuestDied as death:
@@ -152,7 +153,13 @@ class Pump:
             self._die(death)
             return
         self._busy_by_itself = stop is not Stop.HALTED and (self._busy_by_itself or stop is not Stop.HYPERCALL)
-        self._idle = stop is Stop.HALTED or (stop is Stop.HYPERCALL and not self._busy_by_itself)
+        self._idle = self._is_idle(stop)
+
+    def _is_idle(self, stop: Stop) -> bool:
+        """Has the guest nothing to do, or (in real time) nothing as urgent as the next request of the task it holds?"""
+        if stop is Stop.HYPERCALL:
+            return not self._busy_by_itself and not self.deterministic
+        return stop is Stop.HALTED
 
     def _watch(self, fds: tuple[int, ...]) -> None:
         if fds != self._watched:

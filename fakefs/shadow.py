@@ -83,6 +83,8 @@ class Shadows:
         """
         if caller.tid <= 0:
             return self.init
+        if self.pump.deterministic:
+            await self._end_gone()
         while (birth := self._births.get(caller.tid)) is not None:
             await birth.wait()
         shadow = self._by_tid.get(caller.tid)
@@ -173,9 +175,17 @@ class Shadows:
     async def _follow(self, shadow: Shadow) -> None:
         """Wait for the host thread's end, then end its shadow."""
         await _wait_for_exit(shadow.tid)
+        if self.pump.deterministic:
+            return  # its exit belongs in front of the next request, whenever the host tells of it
         if self._by_tid.get(shadow.tid) is shadow:
             del self._by_tid[shadow.tid]
         await self.end(shadow)
+
+    async def _end_gone(self) -> None:
+        """End the shadows of all host threads that have ended, in the order of their birth."""
+        for shadow in [shadow for shadow in self._by_tid.values() if has_ended(shadow.tid)]:
+            if self._by_tid.pop(shadow.tid, None) is shadow:
+                await self.end(shadow)
 
     async def end(self, shadow: Shadow) -> None:
         """Make a shadow exit and take its slot back. One that is blocked is interrupted first."""
@@ -260,6 +270,15 @@ def read_comm(tid: int) -> bytes:
         return b""
     finally:
         os.close(fd)
+
+
+def has_ended(tid: int) -> bool:
+    """Has a host thread ended, waited for or not?"""
+    try:
+        with open(f"/proc/{tid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True
 
 
 def read_thread(caller: Caller) -> HostThread | None:
