@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv busybox-static cpio
 NATIVE := $(wildcard emulator/native/*.[ch] emulator/guest/*.[ch] fakefs/fuse/*.[ch])
 
-.PHONY: help setup kernel run test test-unit test-native soak bench lint clean distclean
+.PHONY: help setup kernel run test test-unit test-native soak bench clients ftracetest lint clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -104,6 +104,14 @@ lint: setup ## ruff, mypy --strict, and shellcheck if it is installed
 		shellcheck $$scripts || status=1
 	fi
 	exit $$status
+
+clients: setup kernel ## real clients in the view of `fakefs run`; installs their Debian packages
+	@status=0
+	for client in trace-cmd perf-tools; do tests/clients/$$client.sh || status=1; done
+	exit $$status
+
+ftracetest: setup kernel ## the kernel's own tests in it; writes tests/clients/ftracetest.tsv
+	@tests/clients/ftracetest.sh
 
 clean: ## remove everything built, but for .venv
 	@rm -rf build dist ./*.egg-info emulator/_core*.so fakefs/fuse/_shim*.so emulator/guest/agent

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 _WORD = (1 << 64) - 1
 _ENTRY_SIZE = 6
+_NEW_SP = 3
 # Registers a stack or frame pointer is found by (arch/x86/include/asm/orc_types.h).
 _PREV_SP, _BP, _SP, _BP_INDIRECT, _SP_INDIRECT = 1, 4, 5, 8, 9
 _GENERAL = {2: "rdx", 3: "rdi", 6: "r10", 7: "r13"}
+_OLD_REGISTERS: dict[int, int] = {number: number for number in range(16)}
+_NEW_REGISTERS = {_NEW_SP: _SP, 4: _BP, 8: _PREV_SP, 9: _SP_INDIRECT}
 _MOST = 256  # entries of one trace, as many as the kernel takes at most by default is 64
 
 Read = Callable[[int, int], bytes]
@@ -49,6 +52,12 @@ class Unwinder:
         # Linux 6.4 took the bit `end` out of an entry and renumbered its types.
         new = not any(member.name == "end" for member in btf.struct("orc_entry").members) if self._count else True
         self._types = ("", "", "call", "regs", "partial") if new else ("call", "regs", "partial", "")
+        # Linux 7 renumbered the registers, which no type tells; at a function's entry SP it is. Of the new numbers only
+        # those are known here that C functions and switches to the interrupt stack need.
+        self._registers = _OLD_REGISTERS
+        entry = self._find(symbols["schedule"])
+        if entry is not None and entry.sp_reg == _NEW_SP:
+            self._registers = _NEW_REGISTERS
         regs = {name: btf.offsetof("pt_regs", name) for name in ("ip", "cs", "sp", "bp")}
         self._ip, self._cs, self._sp, self._bp = regs["ip"], regs["cs"], regs["sp"], regs["bp"]
 
@@ -109,8 +118,8 @@ class Unwinder:
         return _Entry(
             int.from_bytes(data[0:2], "little", signed=True),
             int.from_bytes(data[2:4], "little", signed=True),
-            data[4] & 15,
-            data[4] >> 4,
+            self._registers.get(data[4] & 15, 0),
+            self._registers.get(data[4] >> 4, 0),
             self._types[kind],
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fakefs import kernels
 from fakefs.errors import UserError
+from fakefs.namespace import SYSCTLS
 
 UNICORN = "2.1.4"
 """The one version whose insides emulator/native knows."""
@@ -150,15 +151,11 @@ def memory(meminfo: Path = Path("/proc/meminfo")) -> Check:
 
 
 def user_namespaces(sysctls: Path = Path("/proc/sys")) -> Check:
-    """`fakefs run` mounts in a user namespace of its own, unless it is root: the sysctls that may forbid it."""
+    """`fakefs run` makes user namespaces, also for root: the sysctls that may forbid them."""
     name = "user namespaces"
-    if os.geteuid() == 0:
-        return Check(name, True, "not needed by root")
-    for sysctl, forbids, allow in (
-        ("kernel/unprivileged_userns_clone", "0", "1"),  # Debian's
-        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),  # Ubuntu's
-        ("user/max_user_namespaces", "0", "15000"),
-    ):
+    for sysctl, forbids, allow in SYSCTLS:
+        if os.geteuid() == 0 and not sysctl.startswith("user/"):
+            continue  # these forbid them to ordinary users
         dotted = sysctl.replace("/", ".")
         try:
             value = (sysctls / sysctl).read_text().strip()

@@ -73,7 +73,7 @@ def compile_static(source: str, directory: Path) -> bytes:
     """Return a static program made of C, for the guest to run."""
     assert shutil.which("cc")
     (directory / "p.c").write_text(source)
-    command = ["cc", "-static", "-O1", "-s", "-w", "-o", directory / "p", directory / "p.c"]
+    command = ["cc", "-static", "-O1", "-s", "-w", "-o", str(directory / "p"), str(directory / "p.c")]
     subprocess.run(command, check=True)
     return (directory / "p").read_bytes()
 

@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "core.h"
+#include "operand.h"
 #include "plt.h"
 
 #define PAGE_SIZE 4096u
@@ -27,6 +28,8 @@
 /* A bit of interrupt_request QEMU's x86 leaves unused (CPU_INTERRUPT_TGT_INT_2); core.c tests it. */
 #define PENDING_BIT CORE_INTERRUPT_WATCH
 #define BP_CPU 0x20
+#define SEGMENT_SIZE 24u /* QEMU's SegmentCache; its base is at 8 */
+enum { SEGMENT_FS = 4, SEGMENT_GS = 5 };
 #define DR6_NONE_OF_YOURS 0x1000u
 
 struct qemu_watchpoint { /* CPUWatchpoint: handed out for the guest's registers, compared by address only */
@@ -65,12 +68,22 @@ static struct {
 	uint64_t exceptions, interrupts, ip;
 	uint64_t split_address;
 	bool split;
+	bool has_operand;
+	struct operand operand;
 	int64_t saved_budget;
 } now;
 
 uint64_t watch_size(void)
 {
 	return sizeof(struct watch);
+}
+
+static uint64_t segment_base(const struct core *c, uint32_t segment)
+{
+	uint64_t base;
+
+	memcpy(&base, c->env + c->at.segs + segment * SEGMENT_SIZE + 8, 8);
+	return base;
 }
 
 static uint32_t *word(uint8_t *base, uint32_t offset)
@@ -349,6 +362,34 @@ static void forget_hits(void)
 		table[i]->hit = 0;
 }
 
+/* In the first pass, with the registers as they are before the instruction: which memory does it name? */
+static void find_operand(struct core *c)
+{
+	uint8_t code[15];
+	size_t size = 0;
+
+	while (size < sizeof(code)) {
+		const uint8_t *byte = watch_host(c, now.ip + size, 1);
+
+		if (!byte)
+			break;
+		code[size++] = *byte;
+	}
+	now.has_operand = operand_find(code, size, now.ip, (const uint64_t *)(const void *)c->env,
+				       segment_base(c, SEGMENT_FS), segment_base(c, SEGMENT_GS), &now.operand);
+}
+
+/* A load that is part of an unaligned one becomes the whole of that. */
+static void join_loads(uint64_t *address, uint64_t *length)
+{
+	uint64_t start = now.operand.address, size = now.operand.vector && *length == 8 ? 16 : *length;
+
+	if (now.has_operand && start % *length && *address < start + size && start < *address + *length) {
+		*address = start;
+		*length = size;
+	}
+}
+
 static void qemu_check(void *cpu, uint64_t address, uint64_t length, uint32_t attributes, int flags, uintptr_t ra)
 {
 	struct core *c = owner;
@@ -381,7 +422,9 @@ static void qemu_check(void *cpu, uint64_t address, uint64_t length, uint32_t at
 		forget_hits();
 	}
 	if (now.second_pass) {
-		note_hits(c, address, length, flags);
+		if (flags & WATCH_READ)
+			join_loads(&address, &length);
+		note_hits(c, address, length, flags); /* possibly none: a neighbour of an unaligned load */
 		now.pending = true;
 		ask_for_block_end(c);
 		return;
@@ -396,6 +439,7 @@ static void qemu_check(void *cpu, uint64_t address, uint64_t length, uint32_t at
 	*word(c->cpu, c->watch.at.cpu_cflags_next_tb) = 1; /* one instruction */
 	c->watch.restore_state(cpu, ra, true);
 	now.ip = *quad(c->env, c->at.eip);
+	find_operand(c);
 	c->watch.loop_exit(cpu);
 }
 
@@ -484,7 +528,8 @@ bool watch_deliver(struct core *c)
 		return false;
 	}
 	dr6 = collect(c);
-	watch->delivered++;
+	if (dr6 || watch->nhits)
+		watch->delivered++;
 	if (watch->nstops)
 		core_stop(c, CORE_WATCH);
 	if (!dr6)

@@ -1,4 +1,5 @@
-# What the client scripts share: the package, the view, assertions. Sourced with the package's name as the argument.
+# shellcheck shell=bash disable=SC2034
+# What the client scripts share: the package, the view, assertions.
 #
 # A script runs itself a second time inside `fakefs run`; `inside` tells which time it is. No tracing client is ever
 # started outside, where as root it would find or mount the host's own tracefs.
@@ -15,7 +16,7 @@ need() { # PACKAGE: have it installed
 
 enter() { # ARGUMENTS...: go on inside, unless we are
 	[[ ${FAKEFS_INSIDE-} ]] || FAKEFS_INSIDE=1 exec "$fakefs" run -- "$0" "$@"
-	[[ $(stat -f -c %t $tracing) = 65735546 ]] || { echo "$tracing is not a guest's: going no further" >&2; exit 99; }
+	[[ $(stat -f -c %t "$tracing") = 65735546 ]] || { echo "$tracing is not a guest's: going no further" >&2; exit 99; }
 }
 
 expect() { # WHAT PATTERN COMMAND...: its output, errors included, has a line that matches the extended pattern
@@ -32,7 +33,7 @@ expect() { # WHAT PATTERN COMMAND...: its output, errors included, has a line th
 
 activity() { # open, read and close files of the guest until the script ends
 	while :; do
-		cat $tracing/tracing_on >/dev/null
+		cat "$tracing"/tracing_on >/dev/null
 		sleep 0.1
 	done &
 	trap 'kill $!' EXIT

@@ -1,7 +1,8 @@
 #!/bin/bash
 # perf-tools (Debian's perf-tools-unstable) in the view of `fakefs run`: what needs nothing but files of a tracefs.
+# shellcheck disable=SC2154 # set in lib.sh
 set -euo pipefail
-# shellcheck source=tests/clients/lib.sh
+# shellcheck disable=SC1091 # it is checked by itself
 . "$(dirname "$0")/lib.sh"
 need perf-tools-unstable
 enter "$@"
@@ -12,6 +13,7 @@ expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_
 expect "kprobe with an argument" "myopen: .* flags=[0-9]+" kprobe-perf -d 1 'p:myopen vfs_open flags=+0(%si):u32'
 expect "kprobe with a filter" "$hit" kprobe-perf -d 1 'p:myopen vfs_open' 'common_pid > 0'
 expect "kprobe with stacks" '=> (do_sys_openat2|path_openat)' kprobe-perf -s -d 1 'p:myopen vfs_open'
+# shellcheck disable=SC2016 # it is the kernel's
 expect "kretprobe" 'myret: .*<- vfs_open' kprobe-perf -d 1 'r:myret vfs_open $retval'
 expect "functrace" 'vfs_open <-' functrace-perf -d 1 vfs_open
 expect "funcgraph" 'vfs_open\(\) \{' funcgraph-perf -d 1 -m 2 vfs_open
@@ -19,12 +21,12 @@ expect "tpoint" 'sched_wakeup: comm=' tpoint-perf -d 1 sched:sched_wakeup
 expect "tpoint with a filter" 'sched_switch: .*next_comm=cat' tpoint-perf -d 1 sched:sched_switch 'next_comm == "cat"'
 expect "tpoint -l" '^sched:sched_switch$' tpoint-perf -l
 # The kernel has no function profiler in Debian's configuration: the answer is a real kernel's.
-if [[ -e $tracing/function_profile_enabled ]]; then
+if [[ -e "$tracing"/function_profile_enabled ]]; then
 	expect "funccount" '^vfs_open +[0-9]+' funccount-perf -d 1 'vfs_*'
 else
 	expect "funccount, without CONFIG_FUNCTION_PROFILER" 'Have CONFIG_FUNCTION_PROFILER' funccount-perf -d 1 'vfs_*'
 fi
-echo function >$tracing/current_tracer
+echo function >"$tracing"/current_tracer
 expect "reset-ftrace" '^Done\.$' reset-ftrace-perf
-expect "reset-ftrace has reset" '^nop$' cat $tracing/current_tracer
-exit $failed
+expect "reset-ftrace has reset" '^nop$' cat "$tracing"/current_tracer
+exit "$failed"
