@@ -56,7 +56,7 @@ def _add(commands: Commands, name: str, what: str, examples: str, usage: str | N
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the man pages are made from it."""
-    from fakefs import kernel_command
+    from fakefs import kernel_command, test_command
 
     whole: argparse.ArgumentParser = _Parser(
         prog="fakefs",
@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = _add(commands, "doctor", "check what this machine has and what is missing", "fakefs doctor")
     doctor.set_defaults(run=_doctor)
+    test_command.add_parser(commands)
     kernel_command.add_parser(commands)
     return whole
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class Channel:
                 return None
             self._buffer += more
 
+    def close(self) -> None:
+        """Hang up: what the request started is ended."""
+        self._socket.close()
+
     @property
     def waiting(self) -> bool:
         """Is a whole frame in the buffer already?"""
@@ -78,11 +83,12 @@ class Channel:
 
 def ask(path: Path, request: Mapping[str, Any]) -> str:
     """Return the text a daemon answers a simple request with. Raises UserError."""
-    channel, parts = Channel(path, request), []
-    while (frame := channel.receive()) is not None:
-        if frame[0] == ERROR:
-            raise UserError(frame[1].decode("utf-8", "replace"))
-        parts.append(frame[1])
+    parts = []
+    with closing(Channel(path, request)) as channel:
+        while (frame := channel.receive()) is not None:
+            if frame[0] == ERROR:
+                raise UserError(frame[1].decode("utf-8", "replace"))
+            parts.append(frame[1])
     return b"".join(parts).decode("utf-8", "replace")
 
 

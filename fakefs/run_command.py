@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emulator.errors import EmulatorError
 from fakefs.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,8 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         private = runtime.directory()
         with _terminal():
             return _finish(_outermost(errand, view.View(private)))
-    except UserError as error:
+    except (UserError, EmulatorError) as error:
         raise UserError(str(error), exit_status=FAILED) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror}", exit_status=FAILED) from None
 
 
 def _errand(arguments: argparse.Namespace, argv: list[str]) -> Errand:

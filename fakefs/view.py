@@ -32,7 +32,7 @@ _HOST_CONTROLS = ("acpi", "bus", "fs", "irq", "scsi", "sys", "sysrq-trigger")
 _GUEST_KERNEL = ("btf", "debug", "mm", "security", "slab")
 """Directories of the guest's /sys/kernel that are shown; tracing comes by itself."""
 
-_GUEST_PROC = ("kallsyms", "modules", "version", "sys")
+_GUEST_PROC = ("cpuinfo", "kallsyms", "modules", "version", "sys")
 
 _NO_FLAGS = "rw,nosuid,nodev,noexec,relatime"
 

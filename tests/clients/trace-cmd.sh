@@ -33,6 +33,6 @@ for way in "" --nosplice; do
 		"trace-cmd report 2>&1 | grep -c 'bash-.*sys_enter_openat'"
 done
 expect "function tracer" 'function: +vfs_open' sh -c \
-	"trace-cmd record -p function -l vfs_open cat "$tracing"/tracing_on >/dev/null && trace-cmd report"
+	"trace-cmd record -p function -l vfs_open cat $tracing/tracing_on >/dev/null && trace-cmd report"
 trace-cmd reset
 exit "$failed"

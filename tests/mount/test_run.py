@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import stat
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,27 +25,33 @@ from tests.mount.conftest import MakeMount
 from tests.mounted import FAKEFS, running, until
 
 FUSE_MAGIC = "65735546"
+NO_KERNEL = "fakefs: /nowhere: no such file; give a vmlinuz or vmlinux: fakefs kernel list\n"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@dataclass(frozen=True)
+class User:
+    """An ordinary user: what to put before a command so that it runs it, and a kernel that it may read."""
+
+    before: list[str]
+    kernel: Path
+
+
 @pytest.fixture(scope="session")
-def user_command(environment: dict[str, str], kernel_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What to put before a command so that uid 1000 runs it, with caches of its own and a /dev/fuse for everybody."""
-    base = tmp_path_factory.mktemp("user")
-    for directory in (base, *base.parents[:2]):
-        directory.chmod(0o755)  # pytest's are for root only
-    fuse, home = base / "fuse", base / "home"
-    os.mknod(fuse, 0o666 | 0o020000, os.stat("/dev/fuse").st_rdev)
-    fuse.chmod(0o666)
-    home.mkdir()
-    kernel = home / "vmlinuz"
-    kernel.write_bytes(kernel_path.read_bytes())
-    for path in (home, kernel):
-        os.chown(path, 1000, 1000)
-    variables = [f"HOME={home}", f"FAKEFS_CACHE={home}/cache", f"XDG_RUNTIME_DIR={home}", f"XDG_CACHE_HOME={home}"]
-    script = f'mount --bind {fuse} /dev/fuse && exec env {" ".join(variables)} setpriv "$@"'
-    ids = ("--reuid=1000", "--regid=1000", "--clear-groups")
-    return ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *ids]
+def user(environment: dict[str, str], kernel_path: Path) -> Iterator[User]:
+    """uid 1000, with caches of its own and a /dev/fuse for everybody; not in pytest's directories, root's alone."""
+    with tempfile.TemporaryDirectory(prefix="fakefs-test-") as base:
+        home, fuse = Path(base), Path(base, "fuse")
+        os.mknod(fuse, 0o666 | stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+        fuse.chmod(0o666)
+        kernel = home / "vmlinuz"
+        kernel.write_bytes(kernel_path.read_bytes())
+        for path in (home, kernel):
+            os.chown(path, 1000, 1000)
+        variables = f"HOME={home} FAKEFS_CACHE={home}/cache XDG_RUNTIME_DIR={home} XDG_CACHE_HOME={home}"
+        script = f'mount --bind {fuse} /dev/fuse && exec env {variables} setpriv "$@"'
+        ids = ("--reuid=1000", "--regid=1000", "--clear-groups")
+        yield User(["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *ids], kernel)
 
 
 @pytest.fixture(params=["root", "user"])
@@ -50,14 +59,15 @@ def run(request: pytest.FixtureRequest, environment: dict[str, str], kernel_path
     """Run a bash script by `fakefs run`."""
     if os.geteuid() != 0 and request.param == "root":
         pytest.skip("this is not root")
-    before = request.getfixturevalue("user_command") if request.param == "user" and os.geteuid() == 0 else []
-    kernel = Path(str(before[6]).split("HOME=")[1].split()[0], "vmlinuz") if before else kernel_path
+    other = request.param == "user" and os.geteuid() == 0
+    who: User = request.getfixturevalue("user") if other else User([], kernel_path)
 
     def run_script(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-        argv = [*before, *FAKEFS, "run", "--kernel", str(kernel), *options, "--", "bash", "-c", script]
+        argv = [*who.before, *FAKEFS, "run", "--kernel", str(who.kernel), *options, "--", "bash", "-c", script]
         return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
-    assert run_script("true").returncode == 0  # boots if need be, and says so
+    first = run_script("true")  # boots if need be, and says so
+    assert first.returncode == 0, first.stderr
     return run_script
 
 
@@ -197,6 +207,7 @@ def test_exit_status(run: Run, script: str, status: int) -> None:
         (["--", "/nowhere/nothing"], 127, "fakefs: /nowhere/nothing: not found\n"),
         (["--", "/etc/passwd"], 126, "fakefs: /etc/passwd: Permission denied\n"),
         ([], 2, "fakefs: no program given: fakefs run -- CMD\n"),
+        (["--kernel", "/nowhere", "--", "true"], 125, NO_KERNEL),
         (["--mount", "/", "--", "true"], 125, "fakefs: /: no running mount; start one: fakefs mount /\n"),
     ],
 )
@@ -250,7 +261,8 @@ def test_daemon_killed(environment: dict[str, str]) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         [daemon] = [pid for pid in _family(process.pid) if os.getsid(pid) == pid]
         os.kill(daemon, signal.SIGKILL)

@@ -1,0 +1,446 @@
+"""wprobes on a mount: as a kernel with the series answers (`wprobe_golden/`), and what its documentation promises.
+
+Of the sessions with that kernel those are not here that show another kernel's code (addresses, functions, struct
+offsets of its own, types of later kernels), need a second CPU, or count what its shell did to its own files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from itertools import permutations
+
+import pytest
+
+from tests.mount.conftest import MakeMount
+from tests.mount.wprobe_sessions import Session, load, normal
+from tests.mounted import FAKEFS, Mounted, Result, until
+
+SESSIONS = load()
+OTHERWISE = {
+    "6.12.": {
+        "the option fields prints addresses": "126",
+        "struct file has other offsets": "191 201 202",
+        "an unknown type letter is not logged": "239",
+    },
+    "6.1.": {
+        "the option fields is not there": "126",
+        "an unknown type letter is not logged": "239",
+    },
+}
+"""By a prefix of the kernel's version: how that kernel differs, and how the names of sessions that show it begin."""
+
+_HIT = re.compile(r" *(\S+)-(\d+) +\[\d+\] (\S+) +([\d.]+): (\w+): \((\S+)\)(.*)")
+_RESET = """
+shopt -s nullglob
+for top in . instances/*; do
+  for name in wprobes fprobes eprobes kprobes grp; do
+    for file in $top/events/$name/*/trigger; do
+      mapfile -t lines < <(grep -v '^#' $file | sed 's/ \\[active\\]$//')
+      for line in "${lines[@]}"; do echo "!$line" >> $file; done
+    done
+    [ -d $top/events/$name ] && echo 0 > $top/events/$name/enable
+  done
+done
+for instance in instances/*; do rmdir $instance; done
+for file in dynamic_events error_log trace; do echo > $file; done
+echo 1 > tracing_on
+cat dynamic_events
+"""
+
+
+def _reset(mount: Mounted) -> None:
+    done = mount.sh(_RESET, merge=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stdout
+
+
+def _guest(mount: Mounted) -> str:
+    """The command before a shell command for the guest."""
+    return " ".join([*FAKEFS, "exec", str(mount.path), "--", "sh", "-c"])
+
+
+@pytest.fixture(scope="module")
+def _strict(new_mount: MakeMount) -> Iterator[Mounted]:
+    mount = new_mount("--wprobe=strict")
+    yield mount
+    mount.stop()
+
+
+@pytest.fixture(scope="module")
+def release(_strict: Mounted) -> str:
+    """The version of the kernel."""
+    return str(_strict.status()["kernel"])
+
+
+@pytest.fixture
+def strict(_strict: Mounted) -> Iterator[Mounted]:
+    """A mount with four debug registers, left as found."""
+    yield _strict
+    _reset(_strict)
+
+
+@pytest.fixture(scope="module")
+def _unlimited(new_mount: MakeMount) -> Iterator[Mounted]:
+    mount = new_mount()
+    yield mount
+    mount.stop()
+
+
+@pytest.fixture
+def unlimited(_unlimited: Mounted) -> Iterator[Mounted]:
+    """A mount with any number of watchpoints, left as found."""
+    yield _unlimited
+    _reset(_unlimited)
+
+
+def _run(mount: Mounted, script: str) -> Result:
+    """Run a script whose every command must succeed; `guest` in it runs a shell command in the guest."""
+    done = mount.sh(f'set -e; guest() {{ {_guest(mount)} "$1"; }}\n{script}', merge=True)
+    assert done.returncode == 0, done.stdout
+    return done
+
+
+def _hits(mount: Mounted, event: str, trace: str = "trace") -> list[tuple[str, str]]:
+    """Function and arguments of an event's records."""
+    found = [match for line in mount.read(trace).splitlines() if (match := _HIT.fullmatch(line))]
+    return [(match[6].partition("+")[0], match[7].strip()) for match in found if match[5] == event]
+
+
+def _needs_fprobes(mount: Mounted) -> None:
+    if "f[:" not in mount.read("README"):
+        pytest.skip("this kernel has no fprobe events")
+
+
+def _object_watch(mount: Mounted) -> None:
+    """Define `watch`, armed by do_truncate and parked by vfs_fallocate."""
+    _needs_fprobes(mount)
+    script = """
+    echo 'w:watch rw@-1:8 address=$addr' >> dynamic_events
+    echo 'f:te do_truncate dentry=$arg2' >> dynamic_events
+    echo 'f:tc vfs_fallocate file=$arg1' >> dynamic_events
+    echo 'set_wprobe:watch:dentry' >> events/fprobes/te/trigger
+    echo 'clear_wprobe:watch' >> events/fprobes/tc/trigger
+    """
+    _run(mount, script)
+
+
+# ---- as the kernel with the series
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_answers_as_a_kernel_with_wprobes(strict: Mounted, release: str, session: Session) -> None:
+    for version, differences in OTHERWISE.items():
+        for reason, names in differences.items():
+            if release.startswith(version) and session.name.startswith(tuple(names.split())):
+                pytest.skip(f"Linux {release}: {reason}")
+    if "'f:" in session.text:
+        _needs_fprobes(strict)
+    got = strict.sh(session.script(_guest(strict)), merge=True)
+    assert normal(got.stdout) == normal(session.text)
+
+
+def test_there_are_enough_sessions() -> None:
+    assert len({session.name for session in SESSIONS}) == len(SESSIONS) >= 100
+
+
+# ---- the documentation's examples
+
+
+def test_who_writes_jiffies(unlimited: Mounted) -> None:
+    script = """
+    echo 'w:my_jiffies w@jiffies:8 value=+0($addr)' >> dynamic_events
+    echo stacktrace > events/wprobes/my_jiffies/trigger
+    echo 1 > events/wprobes/my_jiffies/enable
+    sleep 0.2
+    echo 0 > events/wprobes/my_jiffies/enable
+    """
+    _run(unlimited, script)
+    hits = _hits(unlimited, "my_jiffies")
+    values = [int(args.removeprefix("value="), 16) for _, args in hits]
+    assert {function for function, _ in hits} <= {"do_timer", "tick_do_update_jiffies64"}
+    assert len(values) > 2
+    assert values == sorted(set(values))
+    stacks = unlimited.read("trace").split("<stack trace>")[1:]
+    assert len(stacks) >= len(hits)  # the trigger acts before the event is enabled, too
+    assert all("=> asm_exc_debug\n => " in stack for stack in stacks)
+
+
+def test_an_object_from_truncation_to_release(unlimited: Mounted) -> None:
+    _needs_fprobes(unlimited)
+    names = unlimited.read("available_filter_functions").split()
+    kill = "dentry_kill" if "dentry_kill" in names else "__dentry_kill"
+    script = f"""
+    echo 'w:watch rw@-1:8 address=$addr value=+0($addr)' >> dynamic_events
+    echo 'f:truncate do_truncate dentry=$arg2' >> dynamic_events
+    echo 'f:dentry_kill {kill} dentry=$arg1' >> dynamic_events
+    echo 'set_wprobe:watch:dentry' >> events/fprobes/truncate/trigger
+    echo 'clear_wprobe:watch:dentry' >> events/fprobes/dentry_kill/trigger
+    echo 1 >> events/fprobes/truncate/enable
+    echo 1 >> events/fprobes/dentry_kill/enable
+    cat events/wprobes/watch/enable
+    guest 'echo aaa > /tmp/hoge; echo bbb > /tmp/hoge'
+    cat events/wprobes/watch/enable
+    grep -c 'watch rw@0xffff' dynamic_events
+    guest 'rm /tmp/hoge'
+    cat events/wprobes/watch/enable
+    grep -c 'watch rw@-1:8' dynamic_events
+    """
+    assert _run(unlimited, script).stdout.split() == ["0*", "1*", "1", "0*", "1"]
+    [(_, truncated), *_] = _hits(unlimited, "truncate")
+    address = truncated.removeprefix("dentry=")
+    hits = _hits(unlimited, "watch")
+    assert len(hits) > 3
+    assert {args.split()[0] for _, args in hits} == {f"address={address}"}
+
+
+# ---- what the series' own tests ask for
+
+
+def test_add_and_remove(unlimited: Mounted) -> None:
+    script = """
+    grep -q ' w\\[:\\[<group>/\\]\\[<event>\\]\\] \\[r|w|rw\\]@<addr>\\[:<len>\\]' README
+    grep -q 'set_wprobe:<wprobe-event>' README
+    echo 'w:my_wprobe w@jiffies' >> dynamic_events
+    grep -q my_wprobe dynamic_events; test -d events/wprobes/my_wprobe
+    echo 1 > events/wprobes/my_wprobe/enable
+    grep -q 1 events/wprobes/my_wprobe/enable
+    sleep 0.1
+    grep -q my_wprobe trace
+    echo 0 > events/wprobes/my_wprobe/enable
+    grep -q 0 events/wprobes/my_wprobe/enable
+    echo '-:my_wprobe' >> dynamic_events
+    ! grep -q my_wprobe dynamic_events
+    ! test -e events/wprobes
+    """
+    _run(unlimited, script)
+
+
+SYNTAX_ERRORS = (
+    "^w",
+    "w^10 w@jiffies",
+    "w ^symbol",
+    "w ^a@symbol",
+    "w w@^symbol",
+    "w w@^0:4",
+    "w w@jiffies^+offset",
+    "w w@jiffies:^100",
+    "w w@jiffies ^$arg1",
+    "w w@jiffies ^$retval",
+    "w w@jiffies ^$stack",
+    "w w@jiffies ^%ax",
+)
+
+
+def test_syntax_errors_point_at_the_place(unlimited: Mounted) -> None:
+    for marked in SYNTAX_ERRORS:
+        with pytest.raises(OSError, match="Errno"):
+            unlimited.write("dynamic_events", marked.replace("^", "") + "\n", append=True)
+        subsystem, command, caret = unlimited.read("error_log").splitlines()[-3:]
+        assert "] wprobe: error: " in subsystem
+        assert command == "  Command: " + marked.replace("^", "")
+        assert caret.index("^") == len("  Command: ") + marked.index("^")
+
+
+def test_error_log_keeps_eight_of_the_guests_and_ours(unlimited: Mounted) -> None:
+    for number in range(6):
+        for command in (f"p:p{number} nosuch{number}", f"w:w{number} w@nosuch{number}"):
+            with pytest.raises(OSError, match="Errno"):
+                unlimited.write("dynamic_events", command + "\n", append=True)
+    commands = re.findall(r"Command: (\w):\w(\d)", unlimited.read("error_log"))
+    assert commands == [(kind, str(number)) for number in range(2, 6) for kind in "pw"]
+    unlimited.write("error_log", "")
+    assert unlimited.read("error_log") == ""
+
+
+def test_member_of_the_object_an_embedded_one_lies_in(unlimited: Mounted) -> None:
+    script = """
+    echo 'w:watch rw@-1:8 flags=(dentry,d_lockref)$addr->d_flags' >> dynamic_events
+    cat dynamic_events
+    grep -o 'field:.* flags;' events/wprobes/watch/format
+    """
+    line, field = _run(unlimited, script).stdout.splitlines()
+    assert line == "w:wprobes/watch rw@-1:8 flags=(dentry,d_lockref)$addr->d_flags"
+    assert field == "field:u32 flags;"
+
+
+# ---- what the kernel does with any event
+
+
+def test_in_an_instance(unlimited: Mounted) -> None:
+    script = """
+    mkdir instances/other
+    echo 'w:j w@jiffies:8 v=$value' >> dynamic_events
+    echo 1 > instances/other/events/wprobes/j/enable
+    sleep 0.1
+    echo 0 > instances/other/events/wprobes/j/enable
+    cat events/wprobes/j/enable
+    """
+    assert _run(unlimited, script).stdout == "0\n"
+    assert len(_hits(unlimited, "j", "instances/other/trace")) > 1
+    assert not _hits(unlimited, "j")
+
+
+def test_filter_histogram_and_snapshot(unlimited: Mounted) -> None:
+    has_snapshot = (unlimited.path / "snapshot").exists()
+    snapshot = "echo 1 > snapshot" if has_snapshot else ""
+    script = f"""
+    echo 'w:j w@jiffies:8 v=$value' >> dynamic_events
+    echo 'v & 1' > events/wprobes/j/filter
+    echo 'hist:keys=__probe_ip.sym' >> events/wprobes/j/trigger
+    echo 1 > events/wprobes/j/enable
+    sleep 0.2
+    {snapshot}
+    echo 0 > events/wprobes/j/enable
+    """
+    _run(unlimited, script)
+    shot = _hits(unlimited, "j", "snapshot") if has_snapshot else []
+    assert all(int(args.removeprefix("v="), 16) & 1 for _, args in [*shot, *_hits(unlimited, "j")])
+    counted = re.search(
+        r"sym: \[[0-9a-f]+\] (?:do_timer|tick_do\w+) .*hitcount: +(\d+)",
+        unlimited.read("events/wprobes/j/hist").replace("__probe_ip", "sym"),
+    )
+    assert counted is not None
+    assert int(counted[1]) > 1
+    if has_snapshot:
+        assert shot
+        unlimited.write("snapshot", "0")
+
+
+def test_trace_pipes(unlimited: Mounted) -> None:
+    script = """
+    echo 'w:j w@jiffies:8 v=$value' >> dynamic_events
+    echo 1 > events/wprobes/j/enable
+    timeout 5 cat trace_pipe | head -n 2
+    timeout 5 cat per_cpu/cpu0/trace_pipe_raw | head -c 4096 | wc -c
+    echo 0 > events/wprobes/j/enable
+    """
+    *lines, size = _run(unlimited, script).stdout.splitlines()
+    assert [bool(_HIT.fullmatch(line)) for line in lines] == [True, True]
+    assert size == "4096"
+
+
+# ---- nothing shows how it is done
+
+
+def test_carriers_are_never_seen(unlimited: Mounted) -> None:
+    script = """
+    echo 'p:kp vfs_read' >> dynamic_events
+    echo 'w:seen w@jiffies:8 v=$value' >> dynamic_events
+    echo 'w:grp/seen rw@-1:8' >> dynamic_events
+    echo 1 > events/wprobes/seen/enable
+    """
+    _run(unlimited, script)
+    assert unlimited.read("dynamic_events").splitlines() == [
+        "p:kprobes/kp vfs_read",
+        "w:wprobes/seen w@jiffies:8 v=$value",
+        "w:grp/seen rw@-1:8",
+    ]
+    assert unlimited.read("kprobe_events") == "p:kprobes/kp vfs_read\n"
+    assert [line.split()[0] for line in unlimited.read("kprobe_profile").splitlines()] == ["kp"]
+    assert unlimited.read("set_event").split() == ["wprobes:seen"]
+    assert [event for event in unlimited.read("available_events").split() if "seen" in event] == [
+        "grp:seen",
+        "wprobes:seen",
+    ]
+    shown = unlimited.sh(
+        "grep -r emergency_restart dynamic_events kprobe_* enabled_functions error_log set_event events/wprobes"
+    )
+    assert shown.stdout == ""
+    with pytest.raises(OSError, match="Errno"):
+        unlimited.write("kprobe_events", "w:no w@jiffies\n", append=True)
+    unlimited.write("kprobe_events", "")
+    assert unlimited.read("dynamic_events").count("w:") == 2
+
+
+# ---- what must not do harm
+
+
+@pytest.mark.parametrize("order", list(permutations(("set", "clear", "disable", "watch", "te", "tc")))[::100])
+def test_removal_while_armed(unlimited: Mounted, order: tuple[str, ...]) -> None:
+    """Whatever is asked to go first, everything goes in the end and the mount goes on answering."""
+    _object_watch(unlimited)
+    commands = {
+        "set": "echo '!set_wprobe:watch:dentry' >> events/fprobes/te/trigger",
+        "clear": "echo '!clear_wprobe:watch' >> events/fprobes/tc/trigger",
+        "disable": "echo 0 > events/wprobes/watch/enable",
+        "watch": "echo '-:watch' >> dynamic_events",
+        "te": "echo '-:te' >> dynamic_events",
+        "tc": "echo '-:tc' >> dynamic_events",
+    }
+    _run(unlimited, "guest 'echo 1 > /tmp/armed; truncate -s 5 /tmp/armed'; grep -q 'rw@0x' dynamic_events")
+    # Twice: what was busy at first is free at last.
+    unlimited.sh("\n".join(commands[name] for name in (*order, *order, "watch", "te", "tc")))
+    assert unlimited.read("dynamic_events") == ""
+    assert unlimited.exec("cat", "/tmp/armed").returncode == 0
+
+
+def test_two_hundred_at_once(unlimited: Mounted) -> None:
+    lines = "".join(f"w:n{number} rw@init_task+{8 * number}:8 v=$value\n" for number in range(200))
+    unlimited.write("dynamic_events", lines, append=True)
+    assert unlimited.read("dynamic_events").count("\n") == 200
+    unlimited.write("events/wprobes/enable", "1")
+    time.sleep(0.1)
+    unlimited.write("events/wprobes/enable", "0")
+    assert len(set(re.findall(r" (n\d+): ", unlimited.read("trace")))) > 4
+    unlimited.write("dynamic_events", "")
+    assert unlimited.read("dynamic_events") == ""
+
+
+PLACES = (
+    "emergency_restart",
+    "kprobe_dispatcher",
+    "hw_breakpoint_exceptions_notify",
+    "asm_exc_debug",
+    "idt_table+16",
+    "init_task",
+    "dyn_event_list",
+    "global_trace",
+    "page_offset_base",
+    "0xffffc90000000000",
+    "0xffffffffff600000",
+    "0x8000000000000000",
+    "0xfffffffffffffff8",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_odd_places(unlimited: Mounted, place: str) -> None:
+    """Code, tables the handler uses, hot data, what is mapped nowhere: hits or none, and nothing stops."""
+    script = f"""
+    echo 'w:odd rw@{place}:8 address=$addr value=$value' >> dynamic_events
+    echo 1 > events/wprobes/odd/enable
+    ls events > /dev/null; cat tracing_on > /dev/null
+    echo 0 > tracing_on
+    echo 0 > events/wprobes/odd/enable
+    """
+    _run(unlimited, script)
+
+
+@pytest.mark.parametrize("place", ["w@0:8", "w@0x1000:8", "w@0x7fffffffe000:8"])
+def test_user_memory_is_refused(unlimited: Mounted, place: str) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        unlimited.write("dynamic_events", f"w:user {place}\n", append=True)
+    assert "wprobe: error: Invalid access memory address" in unlimited.read("error_log")
+
+
+def test_the_shell_dies_while_triggers_are_attached(unlimited: Mounted) -> None:
+    _object_watch(unlimited)
+    loop = "while :; do echo 1 > events/wprobes/watch/enable; echo 0 > events/wprobes/watch/enable; done"
+    shell = unlimited.popen(["bash", "-c", loop], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: unlimited.read("events/wprobes/watch/enable") == "1*\n", 5, "the shell at work")
+    os.kill(shell.pid, signal.SIGKILL)
+    shell.wait()
+    _run(unlimited, "guest 'echo 1 > /tmp/armed; truncate -s 5 /tmp/armed'; grep -q 'rw@0x' dynamic_events")
+    assert "set_wprobe:watch:dentry+0:unlimited" in unlimited.read("events/fprobes/te/trigger")
+
+
+def test_off(new_mount: MakeMount) -> None:
+    mount = new_mount("--wprobe=off")
+    with pytest.raises(OSError, match="Invalid argument"):
+        mount.write("dynamic_events", "w:j w@jiffies\n", append=True)
+    assert "wprobe" not in mount.read("README")
+    mount.stop()
