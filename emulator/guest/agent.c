@@ -199,6 +199,8 @@ __attribute__((used, noreturn)) static void start(void)
 	mount_at("tracefs", "/sys/kernel/tracing");
 	set("/proc/sys/kernel/pid_max", "4194304");
 	set("/proc/sys/kernel/printk", "1");
+	/* The host writes to `page` by its physical address: it must not be moved to make room. */
+	set("/proc/sys/vm/compact_unevictable_allowed", "0");
 
 	fd = SYSCALL3(SYS_open, "/proc/cmdline", 0, 0);
 	n = syscall6(0, fd, (long)line, sizeof(line) - 1, 0, 0, 0);
