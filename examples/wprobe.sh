@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Watchpoint events: who writes a variable, and what happens to one object while it lives. Usage: examples/wprobe.sh DIR
-PATH=$PATH:$(cd -- "${BASH_SOURCE%/*}/../.venv/bin" 2>/dev/null && pwd || true)
+if bin=$(cd -- "${BASH_SOURCE%/*}/../.venv/bin" 2>/dev/null && pwd); then PATH=$PATH:$bin; fi
 # shellcheck source=/dev/null  # session.sh
 source "${BASH_SOURCE%/*}/session.sh"
 
