@@ -279,7 +279,7 @@ class Agent:
         if page % PAGE or not 0 <= page <= self.machine.ram_size - PAGE:
             raise EmulatorError("snapshot: the agent's page is not in RAM")
         self._page = page
-        self.facts = WakeFacts.from_json(facts, self.machine.ram_size)
+        self.facts = WakeFacts.for_ram(facts, self.machine.ram_size)
         self.init.task_struct = task_struct
         self.init.pid = 1
         self.init.asleep = True

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,6 @@ class Order:
     deterministic: bool = False
     wprobe: str = "unlimited"
     foreground: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
 
 
 def mount(order: Order) -> None:

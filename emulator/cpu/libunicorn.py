@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,3 @@ class Engine:
     def context_size(self) -> int:
         """Return the size of a uc_context in bytes."""
         return int(self.lib.uc_context_size(self.handle))
-
-
-UInt64Pointer = POINTER(c_uint64)

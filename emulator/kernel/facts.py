@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from emulator.errors import EmulatorError
 
@@ -20,7 +20,31 @@ _WORK_ROOM = 128  # bytes the agent sets aside for one irq_work with the sleeper
 
 
 @dataclass(frozen=True)
-class WakeFacts:
+class Facts:
+    """Numbers of one kernel that are kept with its snapshot: addresses, offsets and sizes, each up to 64 bits."""
+
+    MISSING: ClassVar[str] = "snapshot: the facts are not of this version"
+
+    def to_json(self) -> dict[str, int]:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return what `to_json()` gave, checked. Raises EmulatorError."""
+        if not isinstance(values, Mapping):
+            raise EmulatorError(cls.MISSING)
+        numbers: dict[str, int] = {}
+        for item in fields(cls):
+            value = values.get(item.name)
+            if type(value) is not int or not 0 <= value <= _WORD:
+                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
+            numbers[item.name] = value
+        return cls(**numbers)
+
+
+@dataclass(frozen=True)
+class WakeFacts(Facts):
     """Addresses are guest virtual unless named otherwise; offsets and sizes in bytes."""
 
     current_task: int  # of the per-CPU word that points to the running task, from the per-CPU base
@@ -31,20 +55,10 @@ class WakeFacts:
     work_func: int
     sleeper_task: int  # in hrtimer_sleeper
 
-    def to_json(self) -> dict[str, int]:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, values: Mapping[str, object], ram_size: int) -> WakeFacts:
+    def for_ram(cls, values: object, ram_size: int) -> WakeFacts:
         """Return what `to_json()` gave, checked. Raises EmulatorError."""
-        numbers = {}
-        for item in fields(cls):
-            value = values.get(item.name)
-            if type(value) is not int or not 0 <= value <= _WORD:
-                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
-            numbers[item.name] = value
-        facts = cls(**numbers)
+        facts = cls.from_json(values)
         if (
             facts.raised_list > ram_size - 8
             or max(facts.work_flags, facts.work_func, facts.sleeper_task) > _WORK_ROOM - 8
@@ -54,7 +68,7 @@ class WakeFacts:
 
 
 @dataclass(frozen=True)
-class TextPokeFacts:
+class TextPokeFacts(Facts):
     """Where and in what form the kernel hands over the code patches it is about to make (see `emulator.textpoke`)."""
 
     entry: int  # guest virtual address of the function that makes them
@@ -68,20 +82,10 @@ class TextPokeFacts:
     queue: int  # guest virtual address of the function that puts a patch (address, text, length) into `array`
     decoder: int  # and of insn_decode(), which it calls
 
-    def to_json(self) -> dict[str, int]:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> TextPokeFacts:
+    def from_json(cls, values: object) -> Self:
         """Return what `to_json()` gave, checked. Raises EmulatorError."""
-        numbers: dict[str, int] = {}
-        for item in fields(cls):
-            value = values.get(item.name)
-            if type(value) is not int or not 0 <= value <= _WORD:
-                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
-            numbers[item.name] = value
-        facts = cls(**numbers)
+        facts = super().from_json(values)
         if not 0 < facts.size <= 64 or max(facts.rel_addr, facts.length, facts.text) >= facts.size:
             raise EmulatorError("snapshot: the text patching facts are not of this version")
         return facts

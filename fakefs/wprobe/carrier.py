@@ -7,12 +7,13 @@ as a wprobe's would be, so filters, triggers, histograms, instances and raw page
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from emulator.cpu.watchpoints import Access, Kind, Watchpoints
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
+from emulator.kernel.facts import Facts
 from emulator.memory import BadAddress
 
 FUNCTION = "emergency_restart"
@@ -26,8 +27,10 @@ _HANDLER_STACK = 8192  # EXCEPTION_STKSZ (arch/x86/include/asm/page_64_types.h)
 
 
 @dataclass(frozen=True)
-class CarrierFacts:
+class CarrierFacts(Facts):
     """Guest virtual addresses, and byte offsets in the kernel's structures."""
+
+    MISSING: ClassVar[str] = "this kernel cannot carry wprobes"
 
     notifier: int
     dispatcher: int
@@ -44,23 +47,6 @@ class CarrierFacts:
     class_system: int
     stack_low: int  # of the #DB handler
     stack_high: int
-
-    def to_json(self) -> dict[str, int]:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: object) -> CarrierFacts:
-        """Return what `to_json()` gave, checked. Raises EmulatorError."""
-        if not isinstance(values, Mapping):
-            raise EmulatorError("this kernel cannot carry wprobes")
-        numbers: dict[str, int] = {}
-        for item in fields(cls):
-            value = values.get(item.name)
-            if type(value) is not int or not 0 <= value <= _WORD:
-                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
-            numbers[item.name] = value
-        return cls(**numbers)
 
 
 def carrier_facts(guest: Guest) -> CarrierFacts | None:

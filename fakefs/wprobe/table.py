@@ -9,12 +9,13 @@ they already do what the series does with soft-enabling, and a trap in their com
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from emulator.cpu.watchpoints import Access
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
+from emulator.kernel.facts import Facts
 from emulator.memory import BadAddress
 from fakefs.wprobe.carrier import Carriers
 from fakefs.wprobe.definition import Definition
@@ -30,8 +31,10 @@ _ACCESS = {"r": Access.READ, "w": Access.WRITE, "rw": Access.READ | Access.WRITE
 
 
 @dataclass(frozen=True)
-class TableFacts:
+class TableFacts(Facts):
     """Guest virtual addresses of functions, and byte offsets in the kernel's structures."""
+
+    MISSING: ClassVar[str] = "this kernel cannot carry wprobes"
 
     kprobe_register: int
     enable_trigger: int
@@ -43,23 +46,6 @@ class TableFacts:
     file: int  # in enable_trigger_data
     enable: int
     event_call: int  # in trace_event_file
-
-    def to_json(self) -> dict[str, int]:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: object) -> TableFacts:
-        """Return what `to_json()` gave, checked. Raises EmulatorError."""
-        if not isinstance(values, Mapping):
-            raise EmulatorError("this kernel cannot carry wprobes")
-        numbers: dict[str, int] = {}
-        for item in fields(cls):
-            value = values.get(item.name)
-            if type(value) is not int or not 0 <= value <= _WORD:
-                raise EmulatorError(f"snapshot: {item.name} is not a value it can have")
-            numbers[item.name] = value
-        return cls(**numbers)
 
 
 def table_facts(guest: Guest) -> TableFacts | None:

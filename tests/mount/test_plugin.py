@@ -129,7 +129,7 @@ def test_unknown(tracefs): pass
     assert "not ['colour']" in output
 
 
-@pytest.mark.slow  # on a busy machine a timestamp has differed by a few ns; why is not known yet
+@pytest.mark.slow  # on a busy machine a timestamp has differed by 8 us; why is not known yet
 def test_deterministic_traces_are_the_same(run_pytest: RunPytest, tmp_path: Path) -> None:
     traces = []
     for name in ("one", "two"):
