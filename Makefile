@@ -55,12 +55,23 @@ $(BIN)/python: | build/packages.stamp
 	echo "setup: .venv"
 	$(PYTHON) -m venv .venv
 
-# Without build isolation: it would ask the network for setuptools each time.
-build/installed.stamp: pyproject.toml setup.py $(NATIVE) | build/packages.stamp $(BIN)/python
-	@echo "setup: fakefs and what it needs"
-	install() { $(BIN)/python -m pip --disable-pip-version-check install "$$@" >>build/pip.log 2>&1; }
-	rm -f build/pip.log
-	install "setuptools>=77" && install --no-build-isolation -e '.[dev]' || {
+build/dependencies.stamp: pyproject.toml | build/packages.stamp $(BIN)/python
+	@echo "setup: what fakefs needs"
+	read='import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+	print("setuptools>=77", *project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")'
+	$(BIN)/python -c "$$read" >build/requirements.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -r build/requirements.txt >build/pip.log 2>&1 || {
+		cat build/pip.log >&2
+		echo "setup: pip could not install what fakefs needs: see above" >&2
+		exit 1
+	}
+	touch $@
+
+# Without build isolation, which would ask the network for setuptools after each change to C. The dependencies need it
+# (pyfuse3 is built here, and does not know its version without setuptools-scm), so they come before.
+build/installed.stamp: setup.py $(NATIVE) build/dependencies.stamp
+	@echo "setup: fakefs"
+	$(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation --no-deps -e . >build/pip.log 2>&1 || {
 		cat build/pip.log >&2
 		echo "setup: pip could not install fakefs: see above" >&2
 		exit 1
