@@ -22,8 +22,8 @@ import pytest
 from fakefs.wprobe import commands, definition, trigger
 from fakefs.wprobe.errorlog import ErrorLog
 from fakefs.wprobe.errors import WPROBE_TRIGGER, LogEntry, ProbeError
-from fakefs.wprobe.state import Attachment, Registers, State
 from fakefs.wprobe.typecast import Member
+from tests.wprobe_model import Attachment, Registers, State
 
 GOLDEN = Path(__file__).parent / "wprobe_golden"
 

@@ -1,4 +1,7 @@
-"""The state of one wprobe: where its breakpoint is, in which instances it is enabled, and what its triggers do to it.
+"""A model of one wprobe: where its breakpoint is, in which instances it is enabled, and what its triggers do to it.
+
+fakefs has no such state: the guest's kernel keeps it. The model says what is to be expected of it in the unit tests,
+and is itself held against transcripts of a kernel with wprobes.
 
 No hardware here: `arm` is told the address to watch, or None. An event has one `EventFile` for each tracing instance,
 whose flags are the kernel's (include/linux/trace_events.h, EVENT_FILE_FL_*) and change as in

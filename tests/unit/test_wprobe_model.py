@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fakefs.wprobe.definition import parse
 from fakefs.wprobe.errors import ProbeError
-from fakefs.wprobe.state import DEBUG_REGISTERS, Attachment, Registers, State
+from tests.wprobe_model import DEBUG_REGISTERS, Attachment, Registers, State
 
 HERE = 0xFFFF888002537C00
 THERE = 0xFFFF8880007739C0
