@@ -57,6 +57,7 @@ def _add(commands: Commands, name: str, what: str, examples: str, usage: str | N
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the man pages are made from it."""
     from fakefs import kernel_command, test_command
+    from fakefs.modules import command as module_commands
 
     whole: argparse.ArgumentParser = _Parser(
         prog="fakefs",
@@ -132,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     test_command.add_parser(commands)
     kernel_command.add_parser(commands)
+    module_commands.add_parsers(commands)
     return whole
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from fakefs import runtime
+from fakefs.errors import UserError, first_of
 from fakefs.frames import ERROR, FRAME, FRAME_MAX, STDOUT
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
@@ -57,6 +58,15 @@ class Connection:
         channel, size = FRAME.unpack(header)
         data = await self._read(size) if size <= FRAME_MAX else None
         return None if data is None else (channel, data)
+
+    async def receive_all(self, limit: int) -> bytes:
+        """Return what the client sends up to an empty frame. Raises UserError when it is more than `limit` bytes."""
+        whole = bytearray()
+        while (frame := await self.receive()) is not None and frame[1]:
+            whole += frame[1]
+            if len(whole) > limit:
+                raise UserError(f"more than {limit >> 20} MiB")
+        return bytes(whole)
 
     async def request(self) -> dict[str, Any] | None:
         """Return the JSON line a client begins with; None when it is not one."""
@@ -121,8 +131,29 @@ class Control:
                     await run_program(self._pump, self._shadows, [*map(str, argv)], _texts(env), connection)
                 finally:
                     self._files.forget_attributes()
+            case {"do": "insmod", "name": str(name), "parameters": str(parameters)}:
+                await self._change_modules(connection, name, parameters)
+            case {"do": "rmmod", "name": str(name)}:
+                await self._change_modules(connection, name, None)
             case _:
                 await connection.send(ERROR, b"the daemon does not know this request: is it of another version?")
+
+    async def _change_modules(self, connection: Connection, name: str, parameters: str | None) -> None:
+        """Load the module whose file the client sends, or, without parameters, remove it."""
+        from fakefs.modules.load import IMAGE_MAX, Modules
+
+        modules = Modules(self._pump, self._shadows)
+        try:
+            if parameters is None:
+                await modules.remove(name)
+            else:
+                await modules.load(name, await connection.receive_all(IMAGE_MAX), parameters)
+        except* UserError as errors:
+            await connection.send(ERROR, str(first_of(errors)).encode())
+        except* OSError:
+            await connection.send(ERROR, b"the guest is dead: fakefs console")
+        finally:
+            self._files.forget_attributes()
 
     def _status(self) -> dict[str, Any]:
         return {

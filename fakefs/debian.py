@@ -139,6 +139,12 @@ class Apt:
             raise AptError(f"{PACKAGE} depends on no kernel")
         return found
 
+    def headers(self, release: str) -> list[str]:
+        """The packages with the headers of a kernel: its own, and what it shares with other configurations."""
+        own = f"linux-headers-{release}"
+        listing = self._apt("apt-cache", "depends", "--important", own)
+        return [own, *re.findall(r"Depends: (linux-headers-\S+-common)$", listing, re.M)]
+
     def download(self, names: list[str]) -> list[Path]:
         """Download packages, their checksums held against the signed lists."""
         packages = self._directory / "packages"
@@ -201,6 +207,7 @@ def files_of(package: Path, wanted: Callable[[str], str | None], directory: Path
                     name = wanted(member.name.removeprefix("./")) if member.isfile() else None
                     content = tar.extractfile(member) if name else None
                     if name and content:
+                        (directory / name).parent.mkdir(parents=True, exist_ok=True)
                         _copy(content, directory / name)
             process.stdout.read()  # past the archive's end, or dpkg-deb would fail to write it
             if process.wait():

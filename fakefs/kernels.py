@@ -101,7 +101,7 @@ def use(path: Path) -> Path:
         KernelImage.load(path)
     except EmulatorError as error:
         raise UserError(str(error)) from None
-    with _locked(say):
+    with locked(say):
         _link(_kernels() / "default", str(path))
     return path
 
@@ -119,7 +119,7 @@ def fetch(suite: str | None = None, progress: Progress = say, *, update: bool = 
 
     from fakefs.debian import AptError, system_source
 
-    with _locked(progress):
+    with locked(progress):
         if not update and (path := _fetched(suite or DEFAULT_SUITE)):
             return path  # another process fetched it while this one waited
         try:
@@ -228,7 +228,7 @@ def _link(link: Path, target: str) -> None:
 
 
 @contextmanager
-def _locked(progress: Progress) -> Iterator[None]:
+def locked(progress: Progress) -> Iterator[None]:
     """Hold the lock of the kernels' directory, made if need be; clear what a killed fetch left."""
     import fcntl
     import shutil
@@ -243,7 +243,7 @@ def _locked(progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("fakefs: waiting for another fakefs that is fetching a kernel")
+            progress("fakefs: waiting for another fakefs that is fetching")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left in directory.glob(".fetch-*"):
             shutil.rmtree(left, ignore_errors=True)

@@ -28,6 +28,7 @@ class Sys(IntEnum):
     SETRESUID = 117
     SETRESGID = 119
     PRCTL = 157
+    DELETE_MODULE = 176
     GETDENTS64 = 217
     CLOCK_SETTIME = 227
     OPENAT = 257
@@ -41,5 +42,7 @@ class Sys(IntEnum):
     FCHMODAT = 268
     PIPE2 = 293
     RENAMEAT2 = 316
+    FINIT_MODULE = 313
+    MEMFD_CREATE = 319
     STATX = 332
     CLOSE_RANGE = 436

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fakefs import mountpoint, namespace
 from fakefs.errors import UserError
+from fakefs.modules import tools
 
 TRACING = Path("/sys/kernel/tracing")
 _KERNEL = Path("/sys/kernel")
@@ -124,13 +125,16 @@ class View:
             namespace.bind(Path(f"{self.guest}{path}"), path)
 
     def _add_helper(self, *, whole: bool) -> None:
-        """Give mount(8) a program that knows what a tracefs is here; Linux before 5.11 does not let us."""
+        """Give mount(8) a program that knows what a tracefs is here, which Linux before 5.11 does not let us; and PATH
+        those that ask for the kernel's modules."""
         helpers, sbin = self.private / "sbin", Path(os.path.realpath("/sbin"))
         helpers.mkdir()
         tracefs = self.guest / "sys/kernel/tracing" if whole else _KERNEL / "debug/tracing"
         helper = helpers / "mount.tracefs"
         helper.write_text(_MOUNT_HELPER.format(tracefs=tracefs, mounts=self._mounts, flags=_NO_FLAGS))
         helper.chmod(0o755)
+        tools.write(helpers, self.guest / "proc" if whole else Path("/proc"))
+        os.environ["PATH"] = f"{helpers}:{os.environ.get('PATH', os.defpath)}"
         with suppress(OSError):
             namespace.mount("overlay", sbin, f"lowerdir={helpers}:{sbin}")
 

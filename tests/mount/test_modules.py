@@ -1,0 +1,237 @@
+"""Modules built from C for the kernel in use, loaded into running guests by the commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fakefs import kernels
+from fakefs.errors import UserError
+from fakefs.modules import build, headers
+from fakefs.testbed import Tracefs
+from tests.mounted import FAKEFS
+
+CLOCK = """
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+#define CREATE_TRACE_POINTS
+#include "clock-event.h"
+
+static int hands = 2;
+noinline int clock_tick(int n);
+noinline int clock_tick(int n)
+{
+	trace_clock_struck(n * hands);
+	return n * hands;
+}
+static int tick(const char *value, const struct kernel_param *param) { return clock_tick(21) == 42 ? 0 : -EDOM; }
+static const struct kernel_param_ops ops = { .set = tick };
+module_param_cb(tick, &ops, NULL, 0200);
+module_param(hands, int, 0644);
+static int __init clock_init(void) { return 0; }
+static void __exit clock_exit(void) { }
+module_init(clock_init);
+module_exit(clock_exit);
+MODULE_LICENSE("GPL");
+"""
+EVENT = """
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM clock
+#if !defined(CLOCK_EVENT_H) || defined(TRACE_HEADER_MULTI_READ)
+#define CLOCK_EVENT_H
+#include <linux/tracepoint.h>
+TRACE_EVENT(clock_struck, TP_PROTO(int hour), TP_ARGS(hour),
+	TP_STRUCT__entry(__field(int, hour)), TP_fast_assign(__entry->hour = hour;), TP_printk("hour=%d", __entry->hour));
+#endif
+#undef TRACE_INCLUDE_PATH
+#undef TRACE_INCLUDE_FILE
+#define TRACE_INCLUDE_PATH .
+#define TRACE_INCLUDE_FILE clock-event
+#include <trace/define_trace.h>
+"""
+CRASH = """
+#include <linux/module.h>
+static int __init crash_init(void) { *(volatile int *)8 = 1; return 0; }
+module_init(crash_init);
+MODULE_LICENSE("GPL");
+"""
+UNKNOWN = '#include <linux/module.h>\nint nowhere(void); int f(void) { return nowhere(); } MODULE_LICENSE("GPL");\n'
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def release_of(kernel: Path) -> str:
+    from emulator.kernel.image import KernelImage
+
+    return KernelImage.load(kernel).version
+
+
+@pytest.fixture(scope="session")
+def release(kernel_path: Path) -> str:
+    """The kernel's release, once its headers are there."""
+    name = release_of(kernel_path)
+    try:
+        headers.find(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    return name
+
+
+@pytest.fixture
+def clock(release: str, tmp_path: Path) -> Path:
+    """The C file of a module with an event, a function and parameters."""
+    (tmp_path / "clock-event.h").write_text(EVENT)
+    source = tmp_path / "clock.c"
+    source.write_text(CLOCK)
+    return source
+
+
+@pytest.fixture
+def fakefs() -> Command:
+    """Run the command where the mounts of the plugin are found; both outputs together."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [*FAKEFS, *map(str, words)]
+        return subprocess.run(
+            command, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+def test_probe_and_event_of_a_module(tracefs: Tracefs, clock: Path, fakefs: Command) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        tracefs.write("events/clock/enable", "1")
+    done = fakefs("insmod", clock, tracefs.path, "hands=2")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert tracefs.guest("cat /proc/modules").stdout.startswith("clock ")
+    assert "clock_tick [clock]" in tracefs.read("available_filter_functions")
+    tracefs.write("dynamic_events", "p:tick clock:clock_tick n=$arg1:s32")
+    tracefs.write("events/kprobes/tick/enable", "1")
+    tracefs.write("events/clock/enable", "1")
+    tracefs.guest("echo 1 >/sys/module/clock/parameters/tick")
+    assert [hit.fields["n"] for hit in tracefs.hits("kprobes/tick")] == [21]
+    assert [hit.fields["hour"] for hit in tracefs.hits("clock_struck")] == [42]
+
+    # A probe does not hold the module, and comes back with it. Its event goes, and the trace, which nobody could read.
+    assert fakefs("rmmod", "clock", tracefs.path).returncode == 0
+    assert not (tracefs.path / "events/clock").exists()
+    assert "clock:clock_tick" in tracefs.read("dynamic_events")
+    assert fakefs("insmod", clock, tracefs.path).returncode == 0
+    tracefs.guest("echo 1 >/sys/module/clock/parameters/tick")
+    assert len(tracefs.hits("kprobes/tick")) == 1
+
+
+def test_function_tracer_and_stack(tracefs: Tracefs, clock: Path, fakefs: Command) -> None:
+    fakefs("insmod", clock, tracefs.path)
+    tracefs.write("set_ftrace_filter", "clock_tick")
+    tracefs.write("current_tracer", "function")
+    tracefs.write("options/func_stack_trace", "1")
+    tracefs.guest("echo 1 >/sys/module/clock/parameters/tick")
+    trace = tracefs.read("trace")
+    assert "clock_tick <-tick" in trace
+    assert " => clock_tick\n => param_attr_store" in trace
+    assert " => ksys_write" in trace
+
+
+def test_what_is_refused(
+    tracefs: Tracefs, clock: Path, fakefs: Command, tmp_path: Path, release: str, kernel_path: Path
+) -> None:
+    def refusal(*words: str | Path) -> str:
+        done = fakefs("insmod", *words)
+        assert done.returncode != 0
+        assert done.stdout.startswith("fakefs: ")
+        assert done.stdout.count("\n") == 1
+        return done.stdout
+
+    for name, text in (("crash", CRASH), ("bad", "int x = ;\n"), ("unknown", UNKNOWN)):
+        (tmp_path / f"{name}.c").write_text(text)
+    module = build.build(clock, release)
+    other = tmp_path / "other.ko"
+    other.write_bytes(module.read_bytes().replace(b" mod_unload ", b" mod_upload "))
+    assert f"clock: version magic '{release} " in refusal(other, tracefs.path)
+    assert "not a module for this kernel" in refusal("/bin/true", tracefs.path)
+    assert "not a kernel module" in refusal(clock.with_name("clock-event.h"), tracefs.path)
+    assert "No such file" in refusal(tmp_path / "none.ko", tracefs.path)
+    assert "bad.c:1:9: error: " in refusal(tmp_path / "bad.c", tracefs.path)
+    assert "exports no nowhere" in refusal(tmp_path / "unknown.c", tracefs.path)
+    assert "`x' invalid for parameter `hands'" in refusal(module, tracefs.path, "hands=x")
+    assert "a parameter is NAME=VALUE" in refusal(module, tracefs.path, "hands")
+    assert "the module has crashed" in refusal(tmp_path / "crash.c", tracefs.path)
+    assert fakefs("insmod", module, tracefs.path).returncode == 0
+    assert "loaded already" in refusal(module, tracefs.path)
+    assert fakefs("rmmod", "nosuch", tracefs.path).stdout == "fakefs: nosuch: no such module is loaded\n"
+    assert "no running mount" in refusal(module, tmp_path)
+    assert "not found" in fakefs("modprobe", "nosuch", tracefs.path).stdout
+
+
+def test_a_module_is_built_once(clock: Path, release: str) -> None:
+    first = build.build(clock, release)
+    stamp = first.stat().st_mtime_ns
+    assert build.build(clock, release) == first
+    assert first.stat().st_mtime_ns == stamp
+    clock.with_name("clock-event.h").write_text(EVENT + "\n")
+    assert build.build(clock, release) != first
+    assert [path.name for path in first.parent.iterdir()] == ["clock.ko"]
+
+
+def test_in_the_view_of_run(clock: Path, environment: dict[str, str], kernel_path: Path) -> None:
+    script = f"insmod {clock} hands=3 && lsmod && rmmod clock && lsmod && modprobe -q nosuch"
+    done = subprocess.run(
+        [*FAKEFS, "run", "--kernel", str(kernel_path), "--", "sh", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["Module", "clock", "Module"], done
+    assert done.stderr == "fakefs: module nosuch not found; those there are: fakefs module samples\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["bookworm", "stable", "sid"])
+def test_with_other_kernels(suite: str, tracefs_of: Callable[[Path], Tracefs], clock: Path, fakefs: Command) -> None:
+    tracefs = tracefs_of(kernels.fetch(suite))
+    done = fakefs("insmod", clock, tracefs.path)
+    assert (done.returncode, done.stdout) == (0, "")
+    tracefs.write("events/clock/enable", "1")
+    tracefs.guest("echo 1 >/sys/module/clock/parameters/tick")
+    assert [hit.fields["hour"] for hit in tracefs.hits("clock_struck")] == [42]
+
+
+@pytest.mark.slow
+def test_the_kernels_samples(environment: dict[str, str], kernel_path: Path) -> None:
+    events = "/sys/kernel/tracing/events/sample-trace"
+    script = f"modprobe trace-events-sample && ls {events}/foo_bar && echo 1 >{events}/enable && modprobe trace-printk"
+    command = [*FAKEFS, "module", "samples", "--kernel", str(kernel_path)]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "trace-events-sample.ko" in built
+    command = [*FAKEFS, "run", "--kernel", str(kernel_path), "--", "sh", "-c", script]
+    assert "format" in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def tracefs_of(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Path], Tracefs]]:
+    """Mount a fresh guest of a kernel."""
+    from contextlib import ExitStack, closing
+
+    from fakefs.forkserver import ForkServer, Order
+
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(ForkServer()))
+
+        def make(kernel: Path) -> Tracefs:
+            directory = tmp_path_factory.mktemp("tracefs") / "tracing"
+            directory.mkdir()
+            return stack.enter_context(closing(Tracefs(server, directory, Order(os.fspath(kernel)))))
+
+        yield make
