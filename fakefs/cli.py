@@ -192,11 +192,15 @@ def _mount(arguments: argparse.Namespace) -> int:
 
 
 def _umount(arguments: argparse.Namespace) -> int:
-    from fakefs import mountpoint
+    from fakefs import client, mountpoint
 
     mountpoint.unmount(arguments.directory, lazy=arguments.lazy)
-    if not arguments.lazy:
-        mountpoint.wait_for_daemon(arguments.directory)
+    if arguments.lazy or mountpoint.wait_for_daemon(arguments.directory, 1):
+        return 0
+    # Another mount namespace, such as a container's, has a copy of the mount: it would live as long as that.
+    client.stop(arguments.directory)
+    if not mountpoint.wait_for_daemon(arguments.directory, 30):
+        raise UserError(f"{arguments.directory}: is unmounted, but its daemon does not end; see: fakefs status")
     return 0
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ def ask(path: Path, request: Mapping[str, Any]) -> str:
                 raise UserError(frame[1].decode("utf-8", "replace"))
             parts.append(frame[1])
     return b"".join(parts).decode("utf-8", "replace")
+
+
+def stop(directory: Path) -> None:
+    """Have the daemon of a directory end, if there is one."""
+    with suppress(UserError):
+        ask(find_mount(directory), {"do": "stop"})
 
 
 def run_program(path: Path, argv: list[str], env: Mapping[str, str]) -> int:

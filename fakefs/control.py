@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,8 @@ class Control:
                 await connection.send(STDOUT, self._pump.machine.console.text().encode())
             case {"do": "status"}:
                 await connection.send(STDOUT, (json.dumps(self._status()) + "\n").encode())
+            case {"do": "stop"}:
+                signal.raise_signal(signal.SIGTERM)
             case {"do": "exec", "argv": [str(), *_] as argv, "env": dict() as env}:
                 from fakefs.program import run_program
 

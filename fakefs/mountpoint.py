@@ -22,7 +22,7 @@ FSTYPE = f"fuse.{SUBTYPE}"
 
 _MNT_DETACH = 2
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
-"""What stat(2) gives at a FUSE mount without a daemon."""
+"""What statfs(2) gives at a FUSE mount without a daemon. The attributes stat(2) gives may be kept by the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def mount_at(directory: Path) -> Mount | None:
 def is_stale(directory: Path) -> bool:
     """Whether `directory` is a FUSE mount whose daemon is gone."""
     try:
-        os.stat(directory)
+        os.statvfs(directory)
     except OSError as error:
         return error.errno in _DEAD
     return False
@@ -192,14 +192,15 @@ def _wrong(message: str) -> UserError:
     return UserError(message, exit_status=2)
 
 
-def wait_for_daemon(directory: Path, seconds: float = 10) -> None:
-    """Return when the daemon of an unmounted directory has ended: it lets go of its lock then."""
+def wait_for_daemon(directory: Path, seconds: float) -> bool:
+    """Wait for the end of an unmounted directory's daemon, which lets go of its lock then; return whether it came."""
     import time
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             with lock(directory):
-                return
+                return True
         except UserError:
             time.sleep(0.01)
+    return False

@@ -18,7 +18,9 @@ from typing import Any
 from fakefs import mountpoint
 
 FAKEFS = (sys.executable, "-m", "fakefs.cli")
-_START_SECONDS = 60.0  # a first start boots the kernel
+_START_SECONDS = 120.0  # a first start boots the kernel
+PATIENCE = 30.0
+"""Seconds to wait for what comes at once: a busy machine is no reason for a test to fail."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ class Mounted:
         if mount is not None and mount.fstype == mountpoint.FSTYPE:
             mountpoint.unmount(self.path, lazy=True)
         if self.pid:
+            with suppress(ProcessLookupError):  # it may not end by itself: other namespaces may have the mount too
+                os.kill(self.pid, signal.SIGTERM)
             try:
-                until(lambda: not running(self.pid), 5, "the daemon's end after its mount's")
+                until(lambda: not running(self.pid), PATIENCE, "the daemon's end after its mount's")
             except AssertionError:
                 with suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGKILL)
@@ -107,7 +111,7 @@ class Mounted:
         status: dict[str, Any] = json.loads(done.stdout)
         return status
 
-    def sh(self, script: str, *, timeout: float = 20, cwd: Path | None = None, merge: bool = False) -> Result:
+    def sh(self, script: str, *, timeout: float = 60, cwd: Path | None = None, merge: bool = False) -> Result:
         """Run a script by bash in the mount; `merge` sends stderr where stdout goes, in the order written."""
         process = subprocess.Popen(
             ["timeout", "-k", "2", str(timeout), "bash", "-c", script],

@@ -16,10 +16,11 @@ import pytest
 from fakefs import mountpoint
 from tests.mount.conftest import MakeMount
 from tests.mount.golden_cases import errnos
-from tests.mounted import FAKEFS, Mounted, Resetter, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, running, until
 
-PROMPT = 1.0
-"""Seconds a signal may take to end a reader; it takes a few hundredths."""
+PROMPT = 0.05
+"""Seconds a signal may take to end a reader on a quiet machine; a busy one gets some tries."""
+TRIES = 20
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def m(shared_mount: Mounted, resetter: Resetter) -> Iterator[Mounted]:
 
 def wait_for_reader(mount: Mounted, pid: int) -> None:
     """Wait until a process sleeps in a read of the mount: the host's kernel waits for the daemon's answer."""
-    until(lambda: "request_wait" in Path(f"/proc/{pid}/wchan").read_text(), 5, f"process {pid} blocked in a read")
+    where = Path(f"/proc/{pid}/wchan")
+    until(lambda: "request_wait" in where.read_text(), PATIENCE, f"process {pid} blocked in a read")
 
 
 def slots(mount: Mounted) -> int:
@@ -210,23 +212,25 @@ def test_trace_pipe_has_one_reader(m: Mounted) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals_end_a_blocked_reader(m: Mounted, number: signal.Signals) -> None:
-    with m.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE) as reader:
-        wait_for_reader(m, reader.pid)
-        begun = time.monotonic()
-        reader.send_signal(number)
-        assert reader.wait(5) == -number
-        took = time.monotonic() - begun
-    print(f"{number.name}: {took * 1000:.1f} ms")
-    assert took < PROMPT
-    # The guest's file is closed too, or a second open would be refused.
-    until(lambda: m.sh("timeout 0.05 cat trace_pipe").returncode == 124, 2, "trace_pipe free again")
+    times = [PROMPT]
+    while times[-1] >= PROMPT and len(times) <= TRIES:
+        with m.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE) as reader:
+            wait_for_reader(m, reader.pid)
+            begun = time.monotonic()
+            reader.send_signal(number)
+            assert reader.wait(PATIENCE) == -number
+            times.append(time.monotonic() - begun)
+        # The guest's file is closed too, or a second open would be refused.
+        until(lambda: m.sh("timeout 0.05 cat trace_pipe").returncode == 124, PATIENCE, "trace_pipe free again")
+    print(f"{number.name}:", *(f"{took * 1000:.1f}" for took in times[1:]), "ms")
+    assert times[-1] < PROMPT
 
 
 def test_a_blocked_reader_gets_the_next_event(m: Mounted) -> None:
     with m.popen(["head", "-n", "1", "trace_pipe"], stdout=subprocess.PIPE) as reader:
         wait_for_reader(m, reader.pid)
         m.write("trace_marker", "hello")
-        out, _ = reader.communicate(timeout=5)
+        out, _ = reader.communicate(timeout=PATIENCE)
     assert b"tracing_mark_write: hello" in out
 
 
@@ -242,7 +246,7 @@ def test_polling_sees_an_event_arrive(m: Mounted, name: str, how: str) -> None:
             assert writer.stdin is not None
             writer.stdin.write(b"\n")
             writer.stdin.flush()
-            assert _ready(how, fd, 5)
+            assert _ready(how, fd, PATIENCE)
         assert b"arrived" in os.read(fd, 65536)
         assert not _ready(how, fd, 0)
     finally:
@@ -340,6 +344,18 @@ def test_unmounting_by_command(new_mount: MakeMount) -> None:
     assert not running(mount.pid)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a mount namespace")
+def test_unmounting_while_another_namespace_has_the_mount(new_mount: MakeMount) -> None:
+    mount = new_mount()
+    argv = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo made; read _"]
+    with subprocess.Popen(argv, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"made\n"
+        assert mount.fakefs("umount", str(mount.path)).returncode == 0
+        assert not running(mount.pid)
+        other.communicate(b"\n")
+
+
 # ---- inside the guest
 
 
@@ -357,7 +373,7 @@ def test_exec_carries_input_output_and_status(m: Mounted) -> None:
 def test_a_client_that_goes_away_ends_its_program_only(m: Mounted) -> None:
     command = " ".join(_command(m, "exec"))
     assert m.sh(f"{command} -- yes | head -n 1").stdout == "y\n"
-    until(lambda: int(m.status()["slots"]) - int(m.status()["shadows"]) == 1, 5, "the program's end")
+    until(lambda: int(m.status()["slots"]) - int(m.status()["shadows"]) == 1, PATIENCE, "the program's end")
 
 
 def test_exec_passes_signals_on(m: Mounted) -> None:
@@ -366,7 +382,7 @@ def test_exec_passes_signals_on(m: Mounted) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         program.terminate()
-        assert program.wait(10) == 5
+        assert program.wait(PATIENCE) == 5
 
 
 def _command(mount: Mounted, what: str) -> list[str]:
@@ -398,14 +414,28 @@ def test_thirty_blocked_readers_leave_nothing(mount: Mounted) -> None:
         until rmdir instances/* 2>/dev/null; do :; done
     """)
     assert done.returncode == 0, done.stderr
-    until(lambda: slots(mount) == 1, 5, "all slots free")
+    until(lambda: slots(mount) == 1, PATIENCE, "all slots free")
     assert mount.status()["shadows"] == 0
 
 
 def test_a_killed_daemon_is_cleaned_up_after(mount: Mounted) -> None:
     os.kill(mount.pid, signal.SIGKILL)
-    until(lambda: not running(mount.pid), 5, "the daemon's end")
-    until(lambda: mountpoint.is_stale(mount.path) or mountpoint.mount_at(mount.path) is None, 5, "the mount's end")
+    until(lambda: not running(mount.pid), PATIENCE, "the daemon's end")
+    gone = lambda: mountpoint.is_stale(mount.path) or mountpoint.mount_at(mount.path) is None  # noqa: E731
+    until(gone, PATIENCE, "the mount's end")
+    mount.start()
+    assert mount.read("current_tracer") == "nop\n"
+
+
+def test_a_dead_mount_is_recognised_by_more_than_its_attributes(mount: Mounted) -> None:
+    """Without fusermount3 it stays until the next `fakefs mount`; attributes are kept by the host's kernel."""
+    assert mount.fakefs("umount", str(mount.path)).returncode == 0
+    mount.env["PATH"] = "/nowhere"
+    mount.start()
+    mount.path.stat()
+    os.kill(mount.pid, signal.SIGKILL)
+    until(lambda: not running(mount.pid), PATIENCE, "the daemon's end")
+    assert mountpoint.is_stale(mount.path)
     mount.start()
     assert mount.read("current_tracer") == "nop\n"
 
@@ -415,7 +445,7 @@ def test_a_panic_ends_waiting_readers(mount: Mounted) -> None:
         wait_for_reader(mount, reader.pid)
         begun = time.monotonic()
         crash = mount.exec("sh", "-c", "echo c > /proc/sysrq-trigger")
-        _, complaint = reader.communicate(timeout=10)
+        _, complaint = reader.communicate(timeout=PATIENCE)
         print(f"EIO after {time.monotonic() - begun:.2f} s")
     assert crash.returncode != 0
     assert errnos(complaint.decode()) == ["EIO"]
@@ -434,4 +464,4 @@ def test_a_looping_guest_still_answers(mount: Mounted) -> None:
         assert mount.sh("cat current_tracer; echo x > trace_marker; grep -c ': x$' trace").stdout == "nop\n1\n"
         print(f"answers of a busy guest: {time.monotonic() - begun:.3f} s")
         program.kill()
-    until(lambda: slots(mount) == 1, 5, "the program's end with its client's")
+    until(lambda: slots(mount) == 1, PATIENCE, "the program's end with its client's")
