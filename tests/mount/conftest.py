@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import kernels, mountpoint
-from tests.mounted import Mounted, running, until
+from tests.mounted import PATIENCE, Mounted, running, until
 
 MakeMount = Callable[..., Mounted]
 _RUNTIME = "XDG_RUNTIME_DIR"
@@ -51,7 +51,7 @@ def _nothing_left(base: Path, runtime: Path) -> None:
         mounts = [mount for mount in mountpoint.parse_mountinfo(file.read()) if mount.fstype == mountpoint.FSTYPE]
     left = [mount.directory for mount in mounts if mount.directory.startswith(os.fsencode(base) + b"/")]
     assert not left, f"mounts left behind: {left}"
-    until(lambda: not _daemons(runtime), 5, f"the end of all daemons: {_daemons(runtime)}")
+    until(lambda: not _daemons(runtime), PATIENCE, f"the end of all daemons: {_daemons(runtime)}")
 
 
 def _daemons(runtime: Path) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
-from tests.mounted import FAKEFS, Mounted, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, running, until
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def test_mounting_twice(student: Student, mount: Mounted) -> None:
 
 def test_a_stale_mount_is_replaced(mount: Mounted) -> None:
     os.kill(mount.pid, signal.SIGKILL)
-    until(lambda: not running(mount.pid), 5, "the daemon's death")
+    until(lambda: not running(mount.pid), PATIENCE, "the daemon's death")
     mount.start()
     assert mount.read("tracing_on") == "1\n"
 
@@ -202,7 +202,7 @@ def test_ctrl_c_during_the_boot(student: Student, kernel_path: Path) -> None:
         assert process.stderr.readline().rstrip() == _PROGRESS[0]
         os.killpg(process.pid, signal.SIGINT)
         rest = process.stderr.read()  # to the end of the child that boots, too: it has the pipe
-        assert process.wait(10) == 130
+        assert process.wait(PATIENCE) == 130
     assert "Traceback" not in rest
     assert not list(cache.rglob("ram"))
     assert mountpoint.mount_at(student.home / "empty") is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
-from tests.mounted import Mounted, running
+from tests.mounted import PATIENCE, Mounted, running
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _HIT = re.compile(r" +(\S+)-(\d+) +\[000\] \S+ +(\d+\.\d+): (\w+): (.*)")
@@ -19,7 +19,7 @@ _FREE_PIDS = 200
 
 
 def run(name: str, mount: Mounted) -> str:
-    done = mount.sh(f"exec '{EXAMPLES}/{name}.sh' '{mount.path}'", timeout=15, merge=True)
+    done = mount.sh(f"exec '{EXAMPLES}/{name}.sh' '{mount.path}'", timeout=60, merge=True)
     assert done.returncode == 0, done.stdout
     assert "\x1b" not in done.stdout
     _check_left_nothing(mount)
@@ -126,7 +126,7 @@ def test_errors(mount: Mounted) -> None:
 @pytest.mark.parametrize("argument", ["", "/nowhere", "/proc"])
 def test_an_example_without_a_mount_says_how_to_use_it(argument: str) -> None:
     argv = [str(EXAMPLES / "kprobe.sh"), *([argument] if argument else [])]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ")
 
@@ -179,7 +179,7 @@ def test_the_demonstration_without_root(environment: dict[str, str], kernel_path
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -202,7 +202,7 @@ def test_an_interrupted_demonstration_leaves_nothing(
         assert any("A kprobe" in line for line in process.stdout)
         process.terminate()
         process.stdout.read()
-        assert process.wait(15) == 130
+        assert process.wait(PATIENCE) == 130
     assert not running(process.pid)
     assert list(tmp_path.glob("tracing.*")) == []
     with open("/proc/self/mountinfo", "rb") as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
-from tests.mounted import until
+from tests.mounted import PATIENCE, until
 
 RunPytest = Callable[..., str]
 # What changes the report of the inner pytest: with CI it shortens nothing, so that messages show in the summary too.
@@ -243,7 +243,7 @@ assert os.path.ismount({str(directory)!r})
 os.kill(os.getpid() if {victim!r} == "client" else server._process.pid, signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=60, capture_output=True)
-    until(lambda: mountpoint.mount_at(directory) is None, 10, "the mount's end")
+    until(lambda: mountpoint.mount_at(directory) is None, PATIENCE, "the mount's end")
 
 
 @pytest.mark.skipif(util.find_spec("xdist") is None, reason="pytest-xdist is not installed")

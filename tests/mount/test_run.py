@@ -20,9 +20,10 @@ import pytest
 
 from fakefs import kernels, namespace
 from fakefs.errors import UserError
+from fakefs.shadow import read_comm
 from fakefs.view import View, check_inherited
 from tests.mount.conftest import MakeMount
-from tests.mounted import FAKEFS, running, until
+from tests.mounted import FAKEFS, PATIENCE, running, until
 
 FUSE_MAGIC = "65735546"
 NO_KERNEL = "fakefs: /nowhere: no such file; give a vmlinuz or vmlinux: fakefs kernel list\n"
@@ -225,7 +226,7 @@ def test_signals_reach_the_program(environment: dict[str, str]) -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == "got\n"
-        assert process.wait(10) == 5
+        assert process.wait(PATIENCE) == 5
 
 
 def _family(pid: int) -> list[int]:
@@ -248,7 +249,7 @@ def test_nothing_is_left_when_killed(environment: dict[str, str]) -> None:
         assert len(family) >= 4
         process.kill()
         process.wait()
-        until(lambda: not any(running(pid) for pid in family), 5, "the end of all that it started")
+        until(lambda: not any(running(pid) for pid in family), PATIENCE, "the end of all that it started")
 
 
 def test_daemon_killed(environment: dict[str, str]) -> None:
@@ -266,8 +267,8 @@ def test_daemon_killed(environment: dict[str, str]) -> None:
         assert process.stdout.readline() == "ready\n"
         [daemon] = [pid for pid in _family(process.pid) if os.getsid(pid) == pid]
         os.kill(daemon, signal.SIGKILL)
-        until(lambda: not running(daemon), 5, "the daemon's end")
-        out, err = process.communicate("\n", timeout=10)
+        until(lambda: not running(daemon), PATIENCE, "the daemon's end")
+        out, err = process.communicate("\n", timeout=PATIENCE)
     assert (out, process.returncode) == ("status 1\n", 125)
     assert err.splitlines()[-1] == "fakefs: the guest's daemon was killed while the program ran"
 
@@ -281,7 +282,7 @@ def test_shell_has_the_terminal(environment: dict[str, str]) -> None:
 
     def wait_for(text: bytes) -> None:
         nonlocal seen
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while text not in seen:
             assert time.monotonic() < end, seen
             seen += os.read(fd, 4096)
@@ -290,7 +291,7 @@ def test_shell_has_the_terminal(environment: dict[str, str]) -> None:
     try:
         os.write(fd, b"echo so''on; sleep 100\n")
         wait_for(b"soon")
-        time.sleep(0.3)  # until sleep is in the foreground: nothing tells
+        until(lambda: read_comm(os.tcgetpgrp(fd)) == b"sleep", PATIENCE, "sleep in the foreground")
         os.write(fd, b"\x03")
         os.write(fd, b"sleep 100 & jobs | grep -c Run''ning; kill %1; stat -f -c %t /sys/kernel/tracing; exit 9\n")
         wait_for(b"\n1\r\n")

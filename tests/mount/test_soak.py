@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted import Mounted, until
+from tests.mounted import PATIENCE, Mounted, until
 
 SECONDS = int(os.environ.get("FAKEFS_SOAK_SECONDS", "300"))
 SHELLS = 8
@@ -72,9 +72,9 @@ def test_soak(mount: Mounted) -> None:
                 shell.wait()
     print(f"{sum(counts)} operations by {SHELLS} shells in {SECONDS} s")
     assert min(counts) >= SECONDS // 10, "a shell made no progress"
-    until(lambda: mount.status()["shadows"] == began["shadows"], 10, "the end of all shadows")
-    until(lambda: mount.status()["slots"] == began["slots"], 10, "all slots given back")
-    until(lambda: _descriptors(mount.pid) <= before, 10, "the daemon's descriptors closed")
+    until(lambda: mount.status()["shadows"] == began["shadows"], PATIENCE, "the end of all shadows")
+    until(lambda: mount.status()["slots"] == began["slots"], PATIENCE, "all slots given back")
+    until(lambda: _descriptors(mount.pid) <= before, PATIENCE, "the daemon's descriptors closed")
     assert mount.status()["dead"] is None
     for name in ("dynamic_events", "kprobe_events"):
         left = [line for line in mount.read(name).splitlines() if "soak/" in line]

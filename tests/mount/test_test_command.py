@@ -80,7 +80,7 @@ def test_real_paths(run_test: RunTest) -> None:
     ],
 )
 def test_bad_use(arguments: list[str], text: str) -> None:
-    done = subprocess.run([*FAKEFS, "test", *arguments], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([*FAKEFS, "test", *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1

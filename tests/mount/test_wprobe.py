@@ -10,15 +10,14 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
 
 from tests.mount.conftest import MakeMount
-from tests.mount.wprobe_sessions import Session, load, normal
-from tests.mounted import FAKEFS, Mounted, Result, until
+from tests.mount.wprobe_sessions import SLEEP, Session, load, normal
+from tests.mounted import FAKEFS, PATIENCE, Mounted, Result, until
 
 SESSIONS = load()
 OTHERWISE = {
@@ -98,8 +97,8 @@ def unlimited(_unlimited: Mounted) -> Iterator[Mounted]:
 
 
 def _run(mount: Mounted, script: str) -> Result:
-    """Run a script whose every command must succeed; `guest` in it runs a shell command in the guest."""
-    done = mount.sh(f'set -e; guest() {{ {_guest(mount)} "$1"; }}\n{script}', merge=True)
+    """Run a script whose every command must succeed: `guest` runs a command in the guest, `sleep` lets it tick."""
+    done = mount.sh(f'set -e; guest() {{ {_guest(mount)} "$1"; }}; {SLEEP}\n{script}', merge=True)
     assert done.returncode == 0, done.stdout
     return done
 
@@ -155,7 +154,7 @@ def test_who_writes_jiffies(unlimited: Mounted) -> None:
     echo 'w:my_jiffies w@jiffies:8 value=+0($addr)' >> dynamic_events
     echo stacktrace > events/wprobes/my_jiffies/trigger
     echo 1 > events/wprobes/my_jiffies/enable
-    sleep 0.2
+    sleep 1
     echo 0 > events/wprobes/my_jiffies/enable
     """
     _run(unlimited, script)
@@ -208,7 +207,7 @@ def test_add_and_remove(unlimited: Mounted) -> None:
     grep -q my_wprobe dynamic_events; test -d events/wprobes/my_wprobe
     echo 1 > events/wprobes/my_wprobe/enable
     grep -q 1 events/wprobes/my_wprobe/enable
-    sleep 0.1
+    sleep 1
     grep -q my_wprobe trace
     echo 0 > events/wprobes/my_wprobe/enable
     grep -q 0 events/wprobes/my_wprobe/enable
@@ -275,7 +274,7 @@ def test_in_an_instance(unlimited: Mounted) -> None:
     mkdir instances/other
     echo 'w:j w@jiffies:8 v=$value' >> dynamic_events
     echo 1 > instances/other/events/wprobes/j/enable
-    sleep 0.1
+    sleep 1
     echo 0 > instances/other/events/wprobes/j/enable
     cat events/wprobes/j/enable
     """
@@ -292,7 +291,7 @@ def test_filter_histogram_and_snapshot(unlimited: Mounted) -> None:
     echo 'v & 1' > events/wprobes/j/filter
     echo 'hist:keys=__probe_ip.sym' >> events/wprobes/j/trigger
     echo 1 > events/wprobes/j/enable
-    sleep 0.2
+    sleep 1
     {snapshot}
     echo 0 > events/wprobes/j/enable
     """
@@ -314,8 +313,8 @@ def test_trace_pipes(unlimited: Mounted) -> None:
     script = """
     echo 'w:j w@jiffies:8 v=$value' >> dynamic_events
     echo 1 > events/wprobes/j/enable
-    timeout 5 cat trace_pipe | head -n 2
-    timeout 5 cat per_cpu/cpu0/trace_pipe_raw | head -c 4096 | wc -c
+    timeout 30 cat trace_pipe | head -n 2
+    timeout 30 cat per_cpu/cpu0/trace_pipe_raw | head -c 4096 | wc -c
     echo 0 > events/wprobes/j/enable
     """
     *lines, size = _run(unlimited, script).stdout.splitlines()
@@ -383,7 +382,7 @@ def test_two_hundred_at_once(unlimited: Mounted) -> None:
     unlimited.write("dynamic_events", lines, append=True)
     assert unlimited.read("dynamic_events").count("\n") == 200
     unlimited.write("events/wprobes/enable", "1")
-    time.sleep(0.1)
+    _run(unlimited, "sleep 0.1")
     unlimited.write("events/wprobes/enable", "0")
     assert len(set(re.findall(r" (n\d+): ", unlimited.read("trace")))) > 4
     unlimited.write("dynamic_events", "")
@@ -431,7 +430,7 @@ def test_the_shell_dies_while_triggers_are_attached(unlimited: Mounted) -> None:
     _object_watch(unlimited)
     loop = "while :; do echo 1 > events/wprobes/watch/enable; echo 0 > events/wprobes/watch/enable; done"
     shell = unlimited.popen(["bash", "-c", loop], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: unlimited.read("events/wprobes/watch/enable") == "1*\n", 5, "the shell at work")
+    until(lambda: unlimited.read("events/wprobes/watch/enable") == "1*\n", PATIENCE, "the shell at work")
     os.kill(shell.pid, signal.SIGKILL)
     shell.wait()
     _run(unlimited, "guest 'echo 1 > /tmp/armed; truncate -s 5 /tmp/armed'; grep -q 'rw@0x' dynamic_events")

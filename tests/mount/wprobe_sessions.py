@@ -21,6 +21,9 @@ from pathlib import Path
 
 FILE = Path(__file__).parent / "wprobe_golden" / "sessions.txt"
 
+SLEEP = "sleep() { for i in {1..20}; do command sleep 0.01; cat tracing_on > /dev/null; done; }"
+"""An idle guest has no ticks, and its jiffies stand still: however long a sleep is asked for, 20 ticks."""
+
 _REPLACED = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -53,7 +56,7 @@ class Session:
 
     def script(self, guest: str) -> str:
         """A bash script that prints the same on the same kernel; `guest` is the command before one for the guest."""
-        lines = [f'guest() {{ {guest} "$1"; }}']
+        lines = [f'guest() {{ {guest} "$1"; }}', SLEEP]
         for command in self.commands:
             lines += [f"echo {shlex.quote('$ ' + command)}", f"eval {shlex.quote(command)}"]
             lines.append('status=$?; if [ $status != 0 ]; then echo "[exit $status]"; fi')

@@ -74,7 +74,7 @@ except layout.LayoutError as error:
 def find_with(name: str, off: int) -> subprocess.CompletedProcess[str]:
     root = Path(layout.__file__).parents[2]
     command = [sys.executable, "-c", CHECK, name, str(off)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=20)
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
 
 
 @pytest.mark.parametrize("off", [8, -8, 16, 4096])
