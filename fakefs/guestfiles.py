@@ -16,6 +16,8 @@ import trio
 
 from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call
 from fakefs.files import Caller, Interrupt, OpenFile, Stat
+from fakefs.hostfiles.bring import HostFiles
+from fakefs.hostfiles.definitions import takes_uprobes
 from fakefs.shadow import Shadow, Shadows
 from fakefs.static import TRACEFS
 from fakefs.syscalls import Sys
@@ -105,6 +107,7 @@ class GuestFiles:
         self._agent = shadows.pump.agent
         self._nursery = nursery
         self._is_static = is_static
+        self.host_files = HostFiles(shadows)
         self._kept: dict[bytes, Stat] = {}
         self._seekable: dict[bytes, bool] = {}
 
@@ -252,6 +255,12 @@ class GuestFiles:
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         """write(2) by the caller's shadow; what does not fit a slot goes in pieces that end at line ends."""
         assert isinstance(file, GuestFile)
+        if takes_uprobes(file.path):
+            async with self.host_files.at_hand(caller, data):
+                return await self._write(caller, file, offset, data, flags)
+        return await self._write(caller, file, offset, data, flags)
+
+    async def _write(self, caller: Caller, file: GuestFile, offset: int, data: bytes, flags: int) -> int:
         shadow = await self._shadows.of(caller)
         written = 0
         async with shadow.lock:

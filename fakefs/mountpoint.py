@@ -27,11 +27,12 @@ _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of mountinfo."""
+    """A line of mountinfo. `number` is the mount's own, as in /proc/PID/fdinfo; 0 for none."""
 
     directory: bytes
     fstype: str
     source: bytes
+    number: int = 0
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:
@@ -42,7 +43,8 @@ def parse_mountinfo(text: bytes) -> list[Mount]:
         # A varying number of optional fields, ended by "-", lies between the sixth field and the type.
         kind = fields[fields.index(b"-", 6) + 1 :] if b"-" in fields[6:] else []
         if len(kind) >= 2:
-            mounts.append(Mount(_unescape(fields[4]), kind[0].decode("ascii", "replace"), _unescape(kind[1])))
+            number = int(fields[0]) if fields[0].isdigit() else 0
+            mounts.append(Mount(_unescape(fields[4]), kind[0].decode("ascii", "replace"), _unescape(kind[1]), number))
     return mounts
 
 

@@ -23,6 +23,7 @@ class Sys(IntEnum):
     TRUNCATE = 76
     FTRUNCATE = 77
     CHDIR = 80
+    SYSINFO = 99
     SETSID = 112
     SETGROUPS = 116
     SETRESUID = 117

@@ -32,7 +32,7 @@ def test_mountinfo(mounts: list[tuple[bytes, bytes]], optional: bytes) -> None:
         b"36 35 98:0 / " + escape(directory) + b" rw,noatime " + optional + b"- fuse.x " + escape(source) + b" rw\n"
         for directory, source in mounts
     ]
-    assert parse_mountinfo(b"".join(lines)) == [Mount(directory, "fuse.x", source) for directory, source in mounts]
+    assert parse_mountinfo(b"".join(lines)) == [Mount(directory, "fuse.x", source, 36) for directory, source in mounts]
 
 
 def test_an_empty_directory_will_do(tmp_path: Path) -> None:
