@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -94,4 +95,7 @@ class BuildNative(build_ext):
             unfinished.unlink(missing_ok=True)
 
 
-setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative})
+# Man pages are installed where `make man` has made them before.
+MAN_PAGES = ("share/man/man1", sorted(glob("build/man/*.1")))
+
+setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative}, data_files=[MAN_PAGES])
