@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 from fakefs import kernels, mountpoint
+from tests.doc_pages import not_run
 from tests.mounted import PATIENCE, Mounted, running, until
 
 MakeMount = Callable[..., Mounted]
 _RUNTIME = "XDG_RUNTIME_DIR"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell which commands of the documentation nobody has tried."""
+    if not_run:
+        terminalreporter.section(f"{len(not_run)} blocks of the documentation were not run")
+        terminalreporter.write_line("\n".join(f"{where}: {why}" for where, why in not_run))
 
 
 @pytest.fixture(scope="session")
