@@ -40,6 +40,11 @@ class Service:
     options: MountOptions = field(default_factory=MountOptions)
     private: bool = False  # in a mount namespace of its own, with which the mount ends
 
+    @property
+    def filesystem(self) -> bytes:
+        """The directory of the guest whose filesystem takes mount options: of the guest as a whole, its tracefs."""
+        return TRACEFS if self.root == b"/" else self.root
+
 
 def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
     """Serve until unmounted or told to stop by a signal; `ready` is called when the mount answers. Raises UserError."""
@@ -58,10 +63,12 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
         files = _files(guest, service, shadows, nursery)
-        control = Control(service.mountpoint, pump, shadows, files)
+        control = Control(service.mountpoint, pump, shadows, files, service.filesystem)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
             await set_clock(shadows)
+        if wanted := service.options.for_guest():
+            await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
 

@@ -242,26 +242,32 @@ def _tell(fd: int, text: str) -> None:
 
 def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
     """Return the program's wait status. Raises UserError, also when the daemon did not live as long as the program."""
-    from fakefs import mountpoint, namespace
-    from fakefs.view import TRACING
+    from fakefs import mountpoint, namespace, runtime
+    from fakefs.view import TRACING, reopen_directories
 
     directory = os.getcwd()
+    place = errand.mounted or TRACING
+    # What a running mount is reached by, before it is out of sight.
     mounted = errand.mounted and os.open(errand.mounted, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    control = errand.mounted and os.open(runtime.socket_path(errand.mounted), os.O_PATH | os.O_CLOEXEC)
     view.protect(new_pids=new_pids)
     os.environ.setdefault("XDG_RUNTIME_DIR", str(view.private))  # where `fakefs exec` looks for the daemon
+    socket = runtime.socket_path(place)
     daemon = None
     if errand.guest is not None:
         daemon = _start_daemon(errand, errand.guest)
         whole = True
         view.show_tracefs(TRACING, whole=True)
     else:
-        assert errand.mounted is not None
-        whole = (errand.mounted / "sys/kernel/tracing/trace_marker").exists()
+        whole = (place / "sys/kernel/tracing/trace_marker").exists()
         view.show_tracefs(Path(f"/proc/self/fd/{mounted}"), whole=whole)
+        socket.touch()
+        namespace.bind(Path(f"/proc/self/fd/{control}"), socket)
 
     def program() -> int:
         namespace.die_with_parent()
-        view.show_guest(whole=whole)
+        view.show_guest(socket, whole=whole)
+        reopen_directories()
         return _execute(errand.argv, directory)
 
     gone = False
@@ -273,7 +279,7 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
             _tell(2, "fakefs: the guest's daemon is gone: its files answer with errors from now on\n")
 
     status = _wait(namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, program), ended)
-    if gone or mountpoint.is_stale(TRACING):
+    if gone or mountpoint.is_stale(view.tracefs):
         raise UserError("the guest's daemon was killed while the program ran")
     return status
 

@@ -29,6 +29,7 @@ class Sys(IntEnum):
     SETRESUID = 117
     SETRESGID = 119
     PRCTL = 157
+    MOUNT = 165
     DELETE_MODULE = 176
     GETDENTS64 = 217
     CLOCK_SETTIME = 227
