@@ -26,6 +26,7 @@ from fakefs.static import TRACEFS, StaticPaths
 from fakefs.syscalls import Sys
 from fakefs.wprobe.carrier import CarrierFacts, Carriers
 from fakefs.wprobe.files import WprobeFiles
+from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.table import Table, TableFacts
 
 
@@ -94,7 +95,9 @@ def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nurse
         return GuestFiles(shadows, nursery, is_static)
     try:
         carriers = Carriers(guest, CarrierFacts.from_json(noted(guest, "carrier")))
-        table = Table(guest, TableFacts.from_json(noted(guest, "table")), carriers, strict=service.wprobe == "strict")
+        facts = TableFacts.from_json(noted(guest, "table"))
+        forbidden = OffLimits(guest, noted(guest, "off_limits"))
+        table = Table(guest, facts, carriers, forbidden, strict=service.wprobe == "strict")
     except EmulatorError as error:
         print(f"fakefs: no wprobes: {error}", file=sys.stderr, flush=True)
         return GuestFiles(shadows, nursery, is_static)
