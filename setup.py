@@ -1,7 +1,8 @@
-"""The three things built from C. Everything else about the package is in pyproject.toml.
+"""The four things built from C. Everything else about the package is in pyproject.toml.
 
-None of them is a Python extension module: two are shared libraries that ctypes loads, and the third is the guest's
-init, a static program without a C library. Each is one command of the C compiler (`CC`, by default `cc`).
+None of them is a Python extension module: two are shared libraries that ctypes loads, and two are static
+programs of the guest, without a C library: its init, and what stands for the host's programs. Each is one command of
+the C compiler (`CC`, by default `cc`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CORE = ["core", "watch", "watch_hits", "watch_table", "paging", "operand", "redirect", "smc", "plt"]
+CORE = ["core", "watch", "operand", "redirect", "smc", "plt"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 LIBRARY = ["-O2", "-g", "-fPIC", "-shared", "-Wl,-z,relro,-z,now"]
 FREESTANDING = [
@@ -45,6 +45,9 @@ class Native(Extension):
         return [*compiler, *WARNINGS, *self.flags, "-o", output, *self.sources, *pkg_config(self.packages)]
 
 
+ONE_SEGMENT = ["-Wl,-z,noseparate-code", "-Wl,--build-id=none"]  # execve() maps less
+GUEST_HEADERS = ["emulator/guest/protocol.h", "emulator/guest/serve.h"]
+
 NATIVE = [
     Native(
         "emulator._core",
@@ -58,7 +61,14 @@ NATIVE = [
         ["emulator/guest/agent.c"],
         FREESTANDING,
         suffix="",
-        depends=["emulator/guest/protocol.h"],
+        depends=GUEST_HEADERS,
+    ),
+    Native(
+        "emulator.guest.stub",
+        ["emulator/guest/stub.c"],
+        [*FREESTANDING, *ONE_SEGMENT],
+        suffix="",
+        depends=GUEST_HEADERS,
     ),
 ]
 
@@ -95,7 +105,4 @@ class BuildNative(build_ext):
             unfinished.unlink(missing_ok=True)
 
 
-# Man pages are installed where `make man` has made them before.
-MAN_PAGES = ("share/man/man1", sorted(glob("build/man/*.1")))
-
-setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative}, data_files=[MAN_PAGES])
+setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative})

@@ -10,6 +10,7 @@ Nothing here trusts what the guest writes: slot numbers and results are checked,
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,10 @@ DATA_SIZE = SLOT_SIZE - SLOT_DATA
 OP_SLEEP = 0
 OP_CALLS = 1
 CALL_SPAWN = 0x10000
+WINDOW_FD = 63
+"""Init's descriptor of the memory that has the window."""
+OTHER_ROOT = b"/host"
+"""Directory of the guest that is the root directory of processes that stand for those of the host."""
 
 _CALL = struct.Struct("<7qq")
 _CALL_SIZE = _CALL.size
@@ -45,7 +50,11 @@ Call = Sequence[int]
 
 
 class Request:
-    """Calls a task was asked to make. `results` are their return values (negative errno), once `done`."""
+    """Calls a task was asked to make. `results` are their return values (negative errno), once `done`.
+
+    When the task died of them, those that it did not come back from have 0; -ESRCH are all results of a request that
+    it did not get to.
+    """
 
     __slots__ = ("calls", "done", "on_done", "results")
 
@@ -59,7 +68,7 @@ class Request:
 class Task:
     """A task of the guest and its slot. `pid` is its number in the guest once known, 0 before."""
 
-    __slots__ = ("asleep", "current", "pid", "queue", "slot", "task_struct", "woken_at")
+    __slots__ = ("asleep", "current", "dead", "pid", "queue", "slot", "task_struct", "woken_at")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
@@ -67,18 +76,24 @@ class Task:
         self.queue: deque[Request] = deque()
         self.current: Request | None = None
         self.asleep = False
+        self.dead = False
         self.task_struct = 0
         self.woken_at = 0
 
     def virtual(self, offset: int = 0) -> int:
         """Return the guest virtual address of a byte of this task's data area."""
-        return WINDOW_VIRTUAL + self.slot * SLOT_SIZE + SLOT_DATA + offset
+        return self.start + SLOT_DATA + offset
+
+    @property
+    def start(self) -> int:
+        """Guest virtual address of this task's slot."""
+        return WINDOW_VIRTUAL + self.slot * SLOT_SIZE
 
     @property
     def stack(self) -> tuple[int, int]:
         """Guest virtual address and size in bytes of the stack in this task's slot."""
         bottom = SLOT_CALLS + SLOT_MAX_CALLS * _CALL_SIZE
-        return WINDOW_VIRTUAL + self.slot * SLOT_SIZE + bottom, SLOT_STACK_TOP - bottom
+        return self.start + bottom, SLOT_STACK_TOP - bottom
 
 
 class Agent:
@@ -105,13 +120,6 @@ class Agent:
         """A kernel virtual address, divisible by 8, that nothing in the guest ever reads or writes."""
         return 0 if self.facts is None else self.facts.direct_map + self._page + PAGE - 8
 
-    def place(self, data: bytes) -> int:
-        """Write up to 120 bytes where the guest can read them and never does; return their kernel virtual address."""
-        assert self.facts is not None
-        assert len(data) <= _WORK_SIZE - 8
-        self.machine.memory.write(self._page + PAGE - _WORK_SIZE, data)
-        return self.facts.direct_map + self._page + PAGE - _WORK_SIZE
-
     # ---- slots
 
     def new_task(self) -> Task:
@@ -124,27 +132,54 @@ class Agent:
 
     def forget(self, task: Task) -> None:
         """Take back the slot of a task that is gone from the guest."""
-        if self.tasks.pop(task.slot, None) is task:
+        if self.tasks.get(task.slot) is task:
+            del self.tasks[task.slot]
             self._waiting.pop(task.slot, None)
             if self.held is task:
                 self.held = None
-            self.machine.memory.write(self._physical(task), bytes(SLOT_CALLS))
+            self.machine.memory.write(self.physical(task), bytes(SLOT_CALLS))
             self._free.append(task.slot)
 
-    def _physical(self, task: Task) -> int:
+    def physical(self, task: Task) -> int:
+        """Return the guest physical address of a task's slot."""
         return self.window + task.slot * SLOT_SIZE
 
     def put(self, task: Task, offset: int, data: bytes | memoryview) -> None:
         """Write into a task's data area. Raises ValueError when it does not fit."""
         if offset < 0 or offset + len(data) > DATA_SIZE:
             raise ValueError("outside the slot's data area")
-        self.machine.memory.write(self._physical(task) + SLOT_DATA + offset, data)
+        self.machine.memory.write(self.physical(task) + SLOT_DATA + offset, data)
 
     def get(self, task: Task, offset: int, size: int) -> bytes:
         """Read from a task's data area. Raises ValueError when it is not inside."""
         if offset < 0 or size < 0 or offset + size > DATA_SIZE:
             raise ValueError("outside the slot's data area")
-        return self.machine.memory.read(self._physical(task) + SLOT_DATA + offset, size)
+        return self.machine.memory.read(self.physical(task) + SLOT_DATA + offset, size)
+
+    # ---- death
+
+    def _task_dies(self) -> bool:
+        """Called when a task is about to leave the CPU for ever: take its slot back if it has one."""
+        assert self.facts is not None
+        task_struct = self._current_task(self.facts, "gs_base")
+        for task in self.tasks.values():
+            if task.task_struct == task_struct:
+                task.dead = True
+                self.forget(task)
+                current, task.current = task.current, None
+                queue, task.queue = task.queue, deque()
+                if current is not None:
+                    self._finish(current, self._results(task, current))
+                for request in queue:
+                    self._finish(request, [-errno.ESRCH] * len(request.calls))
+                break
+        return False
+
+    def _finish(self, request: Request, results: list[int]) -> None:
+        request.results = results
+        request.done = True
+        if request.on_done:
+            request.on_done()
 
     # ---- requests
 
@@ -153,6 +188,9 @@ class Agent:
         if not 0 < len(calls) <= SLOT_MAX_CALLS:
             raise ValueError(f"1 to {SLOT_MAX_CALLS} calls")
         request = Request(calls, on_done)
+        if task.dead:
+            self._finish(request, [-errno.ESRCH] * len(calls))
+            return request
         task.queue.append(request)
         if task.asleep:
             self._waiting[task.slot] = task
@@ -193,7 +231,7 @@ class Agent:
             self.machine.cpu.write("rax", OP_SLEEP)
 
     def _load(self, task: Task, calls: Sequence[Call]) -> None:
-        at = self._physical(task)
+        at = self.physical(task)
         data = b"".join(_CALL.pack(*call, *(0,) * (8 - len(call))) for call in calls)
         self.machine.memory.write(at, struct.pack("<II", 0, len(calls)))
         self.machine.memory.write(at + SLOT_CALLS, data)
@@ -212,18 +250,19 @@ class Agent:
             task.task_struct = task.task_struct or self._current_task(self.facts)
         request, task.current = task.current, None
         if request is not None:
-            at = self._physical(task) + SLOT_CALLS
-            view = self.machine.memory.view[at : at + _CALL_SIZE * len(request.calls)]
-            request.results = [entry[7] for entry in _CALL.iter_unpack(view)]
-            request.done = True
-            if request.on_done:
-                request.on_done()
+            self._finish(request, self._results(task, request))
+
+    def _results(self, task: Task, request: Request) -> list[int]:
+        at = self.physical(task) + SLOT_CALLS
+        view = self.machine.memory.view[at : at + _CALL_SIZE * len(request.calls)]
+        return [entry[7] for entry in _CALL.iter_unpack(view)]
 
     # ---- waking sleepers
 
-    def _current_task(self, facts: WakeFacts) -> int:
+    def _current_task(self, facts: WakeFacts, per_cpu_base: str = "kernel_gs_base") -> int:
+        """Return the running task's task_struct. In user mode the kernel's GS base waits in `kernel_gs_base`."""
         cpu = self.machine.cpu
-        per_cpu = cpu.read("kernel_gs_base")  # in user mode the kernel's GS base waits there
+        per_cpu = cpu.read(per_cpu_base)
         at = facts.current_task + per_cpu & (1 << 64) - 1
         return int.from_bytes(self.machine.memory.read_virtual(at, 8, cpu.read("cr3")), "little")
 
@@ -239,7 +278,7 @@ class Agent:
             work = self._free_work(facts)
             if work is None:
                 break
-            memory.write_u32(self._physical(task), 1)
+            memory.write_u32(self.physical(task), 1)
             head = facts.raised_list
             memory.write_u64(work, memory.read_u64(head))
             memory.write_u32(work + facts.work_flags, _IRQ_WORK_QUEUED)
@@ -253,7 +292,7 @@ class Agent:
 
     def _free_work(self, facts: WakeFacts) -> int | None:
         """Return the physical address of an irq_work that is in no list: its busy flags are clear."""
-        for work in range(self._page, self._page + PAGE - _WORK_SIZE, _WORK_SIZE):  # the last is `place()`'s
+        for work in range(self._page, self._page + PAGE, _WORK_SIZE):
             if not self.machine.memory.read_u32(work + facts.work_flags) & 3:
                 return work
         return None
@@ -269,6 +308,7 @@ class Agent:
         if self._page % PAGE or self._page + PAGE > machine.ram_size:
             raise GuestDied("the guest's init gave a bad address")
         self.facts = facts(machine.cpu.read("kernel_gs_base"))
+        machine.trap(self.facts.task_dead, self._task_dies)
         self._take_slot()
         self.init.pid = 1
 
@@ -287,6 +327,7 @@ class Agent:
             raise EmulatorError("snapshot: the agent's page is not in RAM")
         self._page = page
         self.facts = WakeFacts.for_ram(facts, self.machine.ram_size)
+        self.machine.trap(self.facts.task_dead, self._task_dies)
         self.init.task_struct = task_struct
         self.init.pid = 1
         self.init.asleep = True

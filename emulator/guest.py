@@ -40,6 +40,7 @@ _SETTLE = 400_000_000  # ns of virtual time after init is ready, for what the ke
 _TYPICAL_BOOT = 700_000_000
 _STEP = 100_000_000
 _AGENT = Path(__file__).parent / "guest" / "agent"
+_STUB = Path(__file__).parent / "guest" / "stub"
 _BUSYBOX = Path("/bin/busybox")
 
 Progress = Callable[[float], None]
@@ -68,7 +69,7 @@ class Recipe:
     @cached_property
     def key(self) -> str:
         """A name for the snapshot: the same when everything that goes into the boot is the same."""
-        files = [_identity(path) for path in (self.kernel, _AGENT, _BUSYBOX)]
+        files = [_identity(path) for path in (self.kernel, _AGENT, _STUB, _BUSYBOX)]
         text = json.dumps([FORMAT, WANTED_VERSION, self.memory, self.command_line, files])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -167,10 +168,11 @@ def initramfs() -> bytes:
     """Return the guest's userland: our init, and the host's static busybox when there is one."""
     from emulator.initramfs import Initramfs
 
-    if not _AGENT.exists():
+    if not (_AGENT.exists() and _STUB.exists()):
         raise EmulatorError("the guest's init is not built: make setup")
     archive = Initramfs()
     archive.add_file("/init", _AGENT.read_bytes(), 0o755)
+    archive.add_file("/stub", _STUB.read_bytes(), 0o755)
     for directory in ("/bin", "/dev", "/proc", "/sys", "/root"):
         archive.add_dir(directory)
     archive.add_dir("/tmp", 0o1777)

@@ -75,8 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "fakefs mount /tmp/tracing\n"
         "fakefs mount --kernel ~/linux/vmlinux --memory 256M /tmp/tracing\n"
         "fakefs mount --root /sys/kernel/debug /tmp/debug\n"
-        "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing\n"
-        "fakefs mount -o remount,gid=1001,mode=750 /tmp/tracing",
+        "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing",
     )
     mount.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
     _add_guest_options(mount)
@@ -86,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         default="/sys/kernel/tracing",
         help="the guest's directory to show, default: %(default)s",
     )
-    mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="uid=, gid=, mode=, ro; remount")
+    mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="mount options: uid=, gid=, mode=, ro")
     mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
     mount.set_defaults(run=_mount)
 
@@ -108,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, shell):
         _add_guest_options(command)
         command.add_argument("--mount", metavar="DIR", type=Path, help="the kernel of a running mount, not a fresh one")
+        command.add_argument(
+            "--mirror",
+            choices=("off", "process", "files"),
+            default="off",
+            help="what programs do that the guest does too: nothing, processes, processes and files",
+        )
         command.set_defaults(run=_run)
 
     execute = _add(
@@ -174,11 +179,6 @@ def _size(text: str) -> int:
 
 
 def _mount(arguments: argparse.Namespace) -> int:
-    if "remount" in arguments.options.split(","):
-        from fakefs import client
-
-        client.ask(client.find_mount(arguments.directory), {"do": "remount", "options": arguments.options})
-        return 0
     from fakefs.mounting import Order, mount
 
     mount(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from fakefs.static import TRACEFS, StaticPaths
 from fakefs.syscalls import Sys
 from fakefs.wprobe.carrier import CarrierFacts, Carriers
 from fakefs.wprobe.files import WprobeFiles
-from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.table import Table, TableFacts
 
 
@@ -40,11 +40,7 @@ class Service:
     wprobe: str = "unlimited"  # or "strict", like four debug registers, or "off"
     options: MountOptions = field(default_factory=MountOptions)
     private: bool = False  # in a mount namespace of its own, with which the mount ends
-
-    @property
-    def filesystem(self) -> bytes:
-        """The directory of the guest whose filesystem takes mount options: of the guest as a whole, its tracefs."""
-        return TRACEFS if self.root == b"/" else self.root
+    records: socket.socket | None = None  # from the recorder of processes that are mirrored
 
 
 def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
@@ -64,14 +60,14 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
         files = _files(guest, service, shadows, nursery)
-        control = Control(service.mountpoint, pump, shadows, files, service.filesystem)
+        control = Control(service.mountpoint, pump, shadows, files)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
             await set_clock(shadows)
-        if wanted := service.options.for_guest():
-            await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        if service.records is not None:
+            _mirror(shadows, service.records, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
@@ -88,6 +84,15 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
+def _mirror(shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> None:
+    from fakefs.mirror.mirror import Mirror
+
+    mirror = Mirror(shadows, records, nursery)
+    shadows.watching = mirror
+    nursery.start_soon(mirror.receive)
+    nursery.start_soon(mirror.run)
+
+
 def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:
     """Return the guest's files, with wprobes unless they are not wanted or this kernel cannot carry them."""
     is_static = StaticPaths(noted(guest, "events"), TRACEFS)
@@ -95,9 +100,7 @@ def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nurse
         return GuestFiles(shadows, nursery, is_static)
     try:
         carriers = Carriers(guest, CarrierFacts.from_json(noted(guest, "carrier")))
-        facts = TableFacts.from_json(noted(guest, "table"))
-        forbidden = OffLimits(guest, noted(guest, "off_limits"))
-        table = Table(guest, facts, carriers, forbidden, strict=service.wprobe == "strict")
+        table = Table(guest, TableFacts.from_json(noted(guest, "table")), carriers, strict=service.wprobe == "strict")
     except EmulatorError as error:
         print(f"fakefs: no wprobes: {error}", file=sys.stderr, flush=True)
         return GuestFiles(shadows, nursery, is_static)

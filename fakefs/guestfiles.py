@@ -15,11 +15,8 @@ from dataclasses import replace
 import trio
 
 from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call
-from fakefs.errors import UserError
 from fakefs.files import Caller, Interrupt, OpenFile, Stat
-from fakefs.hostfiles.bring import HostFiles
-from fakefs.hostfiles.definitions import takes_uprobes
-from fakefs.shadow import Shadow, Shadows
+from fakefs.shadow import Handle, Shadow, Shadows
 from fakefs.static import TRACEFS
 from fakefs.syscalls import Sys
 
@@ -34,7 +31,6 @@ _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_REMOVEDIR = 0x200
 _F_SETFL = 4
-_MS_REMOUNT = 32
 _STATX_BASIC = 0x7FF
 _STATX = struct.Struct("<IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxx")
 _STATX_SIZE = 256
@@ -48,28 +44,26 @@ _LIVE_FLAGS = os.O_NONBLOCK | os.O_APPEND
 
 
 class GuestFile:
-    """An open file of the guest. Its descriptor is shared by all shadows; `position` is where the guest's is."""
+    """An open file of the guest. Shadows have or get a descriptor of it; `position` is where the guest's is."""
 
     __slots__ = (
         "end",
-        "fd",
         "flags",
+        "handle",
         "is_text",
         "live_flags",
         "long",
-        "opener",
         "path",
         "poller",
         "position",
         "seekable",
     )
 
-    def __init__(self, fd: int, path: bytes, flags: int, opener: int, seekable: bool) -> None:
-        self.fd = fd
+    def __init__(self, handle: Handle, path: bytes, flags: int, seekable: bool) -> None:
+        self.handle = handle
         self.path = path
         self.flags = flags
         self.live_flags = flags & _LIVE_FLAGS
-        self.opener = opener
         self.seekable = seekable
         self.is_text = seekable and path.startswith(TRACEFS) and not path.endswith(_RAW)
         self.long = False  # more than the pages of one request have been there so far
@@ -109,19 +103,12 @@ class GuestFiles:
         self._agent = shadows.pump.agent
         self._nursery = nursery
         self._is_static = is_static
-        self.host_files = HostFiles(shadows)
         self._kept: dict[bytes, Stat] = {}
         self._seekable: dict[bytes, bool] = {}
-        self._attributes_changed: Callable[[], None] = lambda: None
-
-    def watch_attributes(self, changed: Callable[[], None]) -> None:
-        """Have `changed` called by forget_attributes()."""
-        self._attributes_changed = changed
 
     def forget_attributes(self) -> None:
         """Forget what is kept of attributes: something other than this mount may have changed them."""
         self._kept.clear()
-        self._attributes_changed()
 
     def _seen(self, path: bytes, stat: Stat) -> Stat:
         """Keep the attributes of what stays, and mark them as lasting."""
@@ -192,22 +179,6 @@ class GuestFiles:
             if result == 0
         ]
 
-    async def remount(self, directory: bytes, options: str) -> None:
-        """mount(2) with MS_REMOUNT: have the filesystem on `directory` take `options`, "gid=5,mode=750".
-
-        Raises UserError when the guest refuses.
-        """
-        init = self._shadows.init
-        async with init.lock:
-            self._agent.put(init.task, _PATH, directory + b"\0")
-            self._agent.put(init.task, _PATH_2, options.encode() + b"\0")
-            at = init.task.virtual
-            call = (Sys.MOUNT, at(_PATH), at(_PATH), at(_PATH), _MS_REMOUNT, at(_PATH_2))
-            [result] = await self._pump.call(init.task, [call])
-        if result < 0:
-            raise UserError(f"mount options {options}: the guest says {os.strerror(-result)}")
-        self.forget_attributes()
-
     async def readlink(self, path: bytes) -> bytes:
         """readlink(2)."""
         _check_path(path)
@@ -227,7 +198,7 @@ class GuestFiles:
         shadow = await self._shadows.of(caller)
         async with shadow.lock:
             self._agent.put(shadow.task, _PATH, path + b"\0")
-            call = (Sys.OPENAT, _AT_FDCWD, shadow.task.virtual(_PATH), flags | os.O_CLOEXEC, mode)
+            call = (Sys.OPENAT, _AT_FDCWD, shadow.task.virtual(_PATH), flags, mode)
             fd = _check((await self._pump.call(shadow.task, [call]))[0])
             seekable = self._seekable.get(path)
             if seekable is None:
@@ -235,7 +206,9 @@ class GuestFiles:
                 seekable = result != -errno.ESPIPE
                 if self._is_static(path):
                     self._seekable[path] = seekable
-        return GuestFile(fd, path, flags, caller.tid, seekable)
+            handle = Handle(caller.tid)
+            shadow.descriptors[handle] = fd
+        return GuestFile(handle, path, flags, seekable)
 
     async def read(self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt) -> bytes:
         """read(2) by the caller's shadow, at `offset`; a signal to the caller ends it with EINTR.
@@ -251,10 +224,11 @@ class GuestFiles:
         shadow = await self._shadows.of(caller)
         size = min(size, READ_MAX)
         async with shadow.lock:
-            before = self._before(file, offset, flags)
+            fd = await self._shadows.descriptor(shadow, file.handle)
+            before = self._before(file, fd, offset, flags)
             pieces = self._read_sizes(file, size)
             at = shadow.task.virtual(_BUFFER)
-            reads = [(Sys.READ, file.fd, at + index * pieces[0], piece) for index, piece in enumerate(pieces)]
+            reads = [(Sys.READ, fd, at + index * pieces[0], piece) for index, piece in enumerate(pieces)]
             results = await self._shadows.read_interruptibly(shadow, [*before, *reads], intr, holds_clock=file.is_text)
             if before:
                 _check(results[len(before) - 1])
@@ -279,21 +253,16 @@ class GuestFiles:
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         """write(2) by the caller's shadow; what does not fit a slot goes in pieces that end at line ends."""
         assert isinstance(file, GuestFile)
-        if takes_uprobes(file.path):
-            async with self.host_files.at_hand(caller, data):
-                return await self._write(caller, file, offset, data, flags)
-        return await self._write(caller, file, offset, data, flags)
-
-    async def _write(self, caller: Caller, file: GuestFile, offset: int, data: bytes, flags: int) -> int:
         shadow = await self._shadows.of(caller)
         written = 0
         async with shadow.lock:
+            fd = await self._shadows.descriptor(shadow, file.handle)
             for piece in _pieces(data):
                 # An offset means nothing to a tracefs; O_APPEND descriptors come with the host's idea of the size.
                 at = file.position if flags & os.O_APPEND else offset + written
-                before = self._before(file, at, flags)
+                before = self._before(file, fd, at, flags)
                 self._agent.put(shadow.task, _BUFFER, piece)
-                calls = [*before, (Sys.WRITE, file.fd, shadow.task.virtual(_BUFFER), len(piece))]
+                calls = [*before, (Sys.WRITE, fd, shadow.task.virtual(_BUFFER), len(piece))]
                 result = (await self._pump.call(shadow.task, calls))[-1]
                 if result < 0 and written:
                     break
@@ -303,29 +272,24 @@ class GuestFiles:
                     break
         return written
 
-    def _before(self, file: GuestFile, offset: int, flags: int) -> list[Call]:
+    def _before(self, file: GuestFile, fd: int, offset: int, flags: int) -> list[Call]:
         """What must be done before a read or write: follow the descriptor's flags and its offset."""
         calls: list[Call] = []
         live = flags & _LIVE_FLAGS
         if live != file.live_flags:
             file.live_flags = live
-            calls.append((Sys.FCNTL, file.fd, _F_SETFL, file.flags & ~_LIVE_FLAGS & ~os.O_TRUNC | live))
+            calls.append((Sys.FCNTL, fd, _F_SETFL, file.flags & ~_LIVE_FLAGS & ~os.O_TRUNC | live))
         if file.seekable and offset != file.position:
-            calls.append((Sys.LSEEK, file.fd, offset, os.SEEK_SET))
+            calls.append((Sys.LSEEK, fd, offset, os.SEEK_SET))
         return calls
 
     async def close(self, file: OpenFile) -> None:
-        """close(2), by the shadow that opened the file while it is there."""
+        """close(2)."""
         assert isinstance(file, GuestFile)
-        if file.poller is not None and file.poller.shadow is not None:
-            poller, file.poller = file.poller, None
-            if poller.shadow is not None:
-                await self._shadows.end(poller.shadow)
-        shadow = self._shadows.alive(file.opener)
-        if shadow is None or shadow.lock.locked():
-            shadow = self._shadows.init
-        async with shadow.lock:
-            await self._pump.call(shadow.task, [(Sys.CLOSE, file.fd)])
+        poller, file.poller = file.poller, None
+        if poller is not None and poller.shadow is not None:
+            await self._shadows.end(poller.shadow)
+        await self._shadows.close(file.handle)
 
     # ---- poll
 
@@ -345,7 +309,8 @@ class GuestFiles:
         return ready
 
     async def _poll(self, shadow: Shadow, file: GuestFile, events: int, timeout_ms: int) -> int:
-        self._agent.put(shadow.task, _PATH, struct.pack("<ihh", file.fd, _signed16(events), 0))
+        fd = await self._shadows.descriptor(shadow, file.handle)
+        self._agent.put(shadow.task, _PATH, struct.pack("<ihh", fd, _signed16(events), 0))
         call = (Sys.POLL, shadow.task.virtual(_PATH), 1, timeout_ms)
         result = (await self._pump.call(shadow.task, [call], holds_clock=False))[0]
         if result == -errno.EINTR:
@@ -357,7 +322,7 @@ class GuestFiles:
         """Sleep in the guest's poll for a file until it is ready, tell the host, and end."""
         try:
             task = await self._shadows.spawn(self._shadows.init)
-            shadow = poller.shadow = Shadow(task, 0, b"poll")
+            shadow = poller.shadow = Shadow(task, 0, b"poll", self._shadows.init.descriptors)
             async with shadow.lock:
                 while file.poller is poller:
                     events = poller.events
@@ -366,7 +331,7 @@ class GuestFiles:
                         break
             if file.poller is poller:
                 file.poller = None
-                await self._shadows.end(shadow)
+            await self._shadows.end(shadow)  # also when the file was closed while it was being spawned
         except OSError:
             poller.notify()  # the guest is dead or full: the host asks again and gets that answer
             if file.poller is poller:
@@ -421,8 +386,12 @@ class GuestFiles:
     async def truncate(self, caller: Caller, path: bytes, file: OpenFile | None, size: int) -> None:
         """truncate(2), or ftruncate(2) of an open file."""
         if isinstance(file, GuestFile):
-            fd = file.fd
-            await self._by_path(caller, path, None, lambda at, _: (Sys.FTRUNCATE, fd, size))
+            shadow = await self._shadows.of(caller)
+            async with shadow.lock:
+                fd = await self._shadows.descriptor(shadow, file.handle)
+                [result] = await self._pump.call(shadow.task, [(Sys.FTRUNCATE, fd, size)])
+            self._kept.pop(path, None)
+            _check(result)
         else:
             await self._by_path(caller, path, None, lambda at, _: (Sys.TRUNCATE, at, size))
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from emulator.agent import CALL_SPAWN, SLOT_CALLS, Call, Task, strings
+from emulator.agent import CALL_SPAWN, Call, Request, Task, strings
 from fakefs.errors import first_of
 from fakefs.frames import ERROR, EXIT, SIGNAL, STDERR, STDIN, STDOUT
 from fakefs.pump import Pump
@@ -30,8 +30,6 @@ _PIPES_AT = 64
 _ARGUMENTS_AT = 0x400
 _ARGUMENTS_MAX = 0x8000
 _SEARCH = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/")
-_CALL_SIZE = 64
-_RESULT_AT = 56
 
 
 class Client(Protocol):
@@ -84,7 +82,7 @@ class _Program:
     async def run(self, argv: list[bytes], env: list[bytes]) -> None:
         launcher = await self._helper()
         stdin, stdout, stderr = [await self._pipe(launcher) for _ in range(3)]
-        calls_made = await self._start(launcher, argv, env, (stdin[0], stdout[1], stderr[1]))
+        made = await self._start(launcher, argv, env, (stdin[0], stdout[1], stderr[1]))
         await self._close(launcher, stdin[0], stdout[1], stderr[1])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._feed, stdin[1], launcher)
@@ -95,13 +93,13 @@ class _Program:
             nursery.cancel_scope.cancel()
         assert self.child is not None
         if status == 127 << 8:
-            await self._explain(calls_made, argv[0])
+            await self._explain(made, argv[0])
         self.agent.forget(self.child)
         self.child = None
         await self.client.send(EXIT, bytes([_exit_status(status)]))
 
-    async def _start(self, launcher: Shadow, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> int:
-        """Fork and exec; return how many calls the child was given."""
+    async def _start(self, launcher: Shadow, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> Request:
+        """Fork and exec; return the child's request."""
         child = self.child = self.agent.new_task()
         stack, stack_size = child.stack
         arguments = CLONE_ARGS.pack(0, 0, 0, 0, signal.SIGCHLD, stack, stack_size, 0, 0, 0, 0)
@@ -117,9 +115,7 @@ class _Program:
             self.child = None
             raise OSError(-pid, os.strerror(-pid))
         child.pid = pid
-        calls = self._exec_calls(child, argv, env, fds)
-        self.pump.begin(child, calls)
-        return len(calls)
+        return self.pump.begin(child, self._exec_calls(child, argv, env, fds))
 
     def _exec_calls(self, child: Task, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> list[Call]:
         if b"/" in argv[0]:
@@ -160,13 +156,10 @@ class _Program:
             [result] = await self.pump.call(launcher.task, [call])
         return int(struct.unpack("<i", self.agent.get(launcher.task, _STATUS_AT, 4))[0])
 
-    async def _explain(self, calls_made: int, name: bytes) -> None:
-        """Exit status 127: say why when it was exec that failed (its results still stand in the slot)."""
-        assert self.child is not None
-        at = self.agent.window + self.child.slot * 0x10000 + SLOT_CALLS + _CALL_SIZE * (calls_made - 2) + _RESULT_AT
-        result = struct.unpack("<q", self.pump.machine.memory.read(at, 8))[0]
-        if result < 0:
-            await self.client.send(STDERR, b"fakefs exec: %s: %s\n" % (name, os.strerror(-result).encode()))
+    async def _explain(self, made: Request, name: bytes) -> None:
+        """Exit status 127: say why when it was exec that failed: the child died of the call behind it."""
+        if made.done and made.results[-2] < 0:
+            await self.client.send(STDERR, b"fakefs exec: %s: %s\n" % (name, os.strerror(-made.results[-2]).encode()))
 
     async def _drain(self, fd: int, channel: int) -> None:
         helper = await self._helper()

@@ -24,6 +24,7 @@ from fakefs.errors import UserError
 
 if TYPE_CHECKING:
     from emulator.guest import Guest
+    from fakefs.mirror.launch import Launch
     from fakefs.view import View
 
 FAILED, CANNOT_EXECUTE, NOT_FOUND = 125, 126, 127
@@ -43,6 +44,7 @@ class Errand:
     deterministic: bool = False
     wprobe: str = "unlimited"
     mounted: Path | None = None
+    mirror: str = "off"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,7 +79,7 @@ def _errand(arguments: argparse.Namespace, argv: list[str]) -> Errand:
             raise UserError(f"{arguments.mount}: no running mount; start one: fakefs mount {arguments.mount}")
         return Errand(argv, None, mounted=arguments.mount.absolute())
     order = Order(Path(), arguments.kernel, arguments.memory, arguments.append)
-    return Errand(argv, get_guest(order), arguments.deterministic, arguments.wprobe)
+    return Errand(argv, get_guest(order), arguments.deterministic, arguments.wprobe, mirror=arguments.mirror)
 
 
 # ---- the command
@@ -242,54 +244,66 @@ def _tell(fd: int, text: str) -> None:
 
 def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
     """Return the program's wait status. Raises UserError, also when the daemon did not live as long as the program."""
-    from fakefs import mountpoint, namespace, runtime
-    from fakefs.view import TRACING, reopen_directories
+    from fakefs import mountpoint, namespace
+    from fakefs.view import TRACING
 
     directory = os.getcwd()
-    place = errand.mounted or TRACING
-    # What a running mount is reached by, before it is out of sight.
     mounted = errand.mounted and os.open(errand.mounted, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    control = errand.mounted and os.open(runtime.socket_path(errand.mounted), os.O_PATH | os.O_CLOEXEC)
     view.protect(new_pids=new_pids)
     os.environ.setdefault("XDG_RUNTIME_DIR", str(view.private))  # where `fakefs exec` looks for the daemon
-    socket = runtime.socket_path(place)
-    daemon = None
+    daemon = launch = None
     if errand.guest is not None:
-        daemon = _start_daemon(errand, errand.guest)
+        launch = _launch(errand)
+        daemon = _start_daemon(errand, errand.guest, launch)
         whole = True
         view.show_tracefs(TRACING, whole=True)
     else:
-        whole = (place / "sys/kernel/tracing/trace_marker").exists()
+        assert errand.mounted is not None
+        whole = (errand.mounted / "sys/kernel/tracing/trace_marker").exists()
         view.show_tracefs(Path(f"/proc/self/fd/{mounted}"), whole=whole)
-        socket.touch()
-        namespace.bind(Path(f"/proc/self/fd/{control}"), socket)
 
     def program() -> int:
         namespace.die_with_parent()
-        view.show_guest(socket, whole=whole)
-        reopen_directories()
-        return _execute(errand.argv, directory)
+        view.show_guest(whole=whole)
+        return _execute(errand.argv, directory, launch)
 
     gone = False
 
     def ended(pid: int) -> None:
         nonlocal gone
+        if launch is not None and launch.ended(pid):
+            _tell(2, "fakefs: what follows is not mirrored: the process that records it is gone\n")
         if pid == daemon:
             gone = True
             _tell(2, "fakefs: the guest's daemon is gone: its files answer with errors from now on\n")
 
-    status = _wait(namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, program), ended)
-    if gone or mountpoint.is_stale(view.tracefs):
+    child = namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, program)
+    if launch is not None:
+        launch.supervise(child, TRACING)
+    status = _wait(child, ended)
+    if gone or mountpoint.is_stale(TRACING):
         raise UserError("the guest's daemon was killed while the program ran")
     return status
 
 
-def _start_daemon(errand: Errand, guest: Guest) -> int:
+def _launch(errand: Errand) -> Launch | None:
+    from fakefs.mirror.calls import Level
+
+    level = Level[errand.mirror.upper()]
+    if level is Level.OFF:
+        return None
+    from fakefs.mirror.launch import Launch
+
+    return Launch(level)
+
+
+def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
     """Fork a daemon that serves the guest's root directory at TRACING; return its pid when the mount answers."""
     from fakefs import daemon, namespace
     from fakefs.view import TRACING
 
-    service = daemon.Service(TRACING, b"/", errand.deterministic, errand.wprobe, private=True)
+    records = None if launch is None else launch.daemon
+    service = daemon.Service(TRACING, b"/", errand.deterministic, errand.wprobe, private=True, records=records)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -317,7 +331,7 @@ def _start_daemon(errand: Errand, guest: Guest) -> int:
 # ---- the program
 
 
-def _execute(argv: list[str], directory: str) -> int:
+def _execute(argv: list[str], directory: str, launch: Launch | None) -> int:
     """Become the program, in the directory of the caller, as it is seen from inside; return an exit status if not."""
     try:
         os.chdir(directory)
@@ -325,6 +339,8 @@ def _execute(argv: list[str], directory: str) -> int:
         os.chdir("/")
     _unblock_signals()
     try:
+        if launch is not None:
+            launch.enter()
         os.execvp(argv[0], argv)
     except (FileNotFoundError, NotADirectoryError):
         _tell(2, f"fakefs: {argv[0]}: not found\n")

@@ -3,6 +3,9 @@
 A shadow shares memory, files and working directory with the guest's init, so any shadow can use any descriptor; it is
 a task of its own for the scheduler, the tracers and everything that looks at `current`. It is born as a child of its
 parent's shadow when there is one, and ends when its host thread does.
+
+Where processes are mirrored (`fakefs.mirror`), their shadows are processes and threads of the guest as they are of the
+host, and have descriptors of their own: `descriptor()` gets them one of another's.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
 
 import trio
 
-from emulator.agent import CALL_SPAWN, DATA_SIZE, Call, Task
+from emulator.agent import CALL_SPAWN, DATA_SIZE, SLOT_SIZE, WINDOW_FD, Call, Task
 from emulator.errors import EmulatorError
 from fakefs.files import Caller, Interrupt
 from fakefs.pump import Pump
 from fakefs.syscalls import Sys
 
-_CLONE_VM, _CLONE_FS, _CLONE_FILES = 0x100, 0x200, 0x400
+_CLONE_VM, _CLONE_FS, _CLONE_FILES, _CLONE_SIGHAND, _CLONE_THREAD = 0x100, 0x200, 0x400, 0x800, 0x10000
+_PROT_READ_WRITE, _MAP_SHARED_FIXED = 3, 0x11
 CLONE_ARGS = struct.Struct("<11Q")
 _CLONE_ARGS_AT = DATA_SIZE - 256  # in the parent's data area: the arguments, and behind them the pid wished for
 _PID_AT = DATA_SIZE - 128
@@ -34,8 +40,33 @@ _PR_SET_NAME = 15
 _COMM_MAX = 15
 # A signal can come just before its task sleeps: sent again after this many host seconds.
 _SIGNAL_AGAIN = 0.05
-# A guest task is gone a moment after its exit(2); asked for again after this many host seconds.
-_EXIT_POLL = 0.001
+
+
+class Kind(Enum):
+    """What a shadow shares with its parent."""
+
+    SHARING = _CLONE_VM | _CLONE_FS | _CLONE_FILES  # what it has to, to use all descriptors
+    PROCESS = 0
+    THREAD = _CLONE_VM | _CLONE_FS | _CLONE_FILES | _CLONE_SIGHAND | _CLONE_THREAD
+
+
+class Handle:
+    """A file held open in the guest by thread `opener` of the host: descriptors of it differ from table to table."""
+
+    __slots__ = ("opener",)
+
+    def __init__(self, opener: int) -> None:
+        self.opener = opener
+
+
+class Watching(Protocol):
+    """What `Shadows` asks of those who make shadows do what the host's processes do."""
+
+    async def catch_up(self, tid: int) -> None:
+        """Return when all is done that was known of before, and this thread's shadow waits for nothing."""
+
+    async def bear(self, thread: HostThread) -> Shadow | None:
+        """Bear the shadow of a thread that was not known of; None when it is none of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +79,25 @@ class HostThread:
     uid: int
     gid: int
     groups: tuple[int, ...]
+    tgid: int = 0
 
 
 class Shadow:
-    """A guest task for one host thread. Hold `lock` while using its data area."""
+    """A guest task for one host thread. Hold `lock` while using its data area.
 
-    __slots__ = ("comm", "lock", "task", "tid")
+    `descriptors` are those its descriptor table is known to have; tasks that share a table share them.
+    """
 
-    def __init__(self, task: Task, tid: int, comm: bytes) -> None:
+    __slots__ = ("comm", "descriptors", "lock", "task", "tid")
+    followed = True
+    """Ends when its thread is seen to have ended, and not by a call of its own."""
+
+    def __init__(self, task: Task, tid: int, comm: bytes, descriptors: dict[Handle, int] | None = None) -> None:
         self.task = task
         self.tid = tid
         self.comm = comm
         self.lock = trio.Lock()
+        self.descriptors: dict[Handle, int] = {} if descriptors is None else descriptors
 
 
 class Shadows:
@@ -72,6 +110,7 @@ class Shadows:
         self._by_tid: dict[int, Shadow] = {}
         self._births: dict[int, trio.Event] = {}
         self._owner = os.geteuid()
+        self.watching: Watching | None = None
 
     def __len__(self) -> int:
         return len(self._by_tid)
@@ -83,11 +122,16 @@ class Shadows:
         """
         if caller.tid <= 0:
             return self.init
+        if self.watching is not None:
+            await self.watching.catch_up(caller.tid)
         if self.pump.deterministic:
             await self._end_gone()
         while (birth := self._births.get(caller.tid)) is not None:
             await birth.wait()
         shadow = self._by_tid.get(caller.tid)
+        if shadow is not None and shadow.task.dead:  # somebody has killed it in the guest
+            self.remove(shadow)
+            shadow = None
         if shadow is None:
             thread = read_thread(caller)
             if thread is None:
@@ -101,7 +145,7 @@ class Shadows:
             return shadow
         comm = read_comm(caller.tid)
         if comm and comm != shadow.comm:
-            await self._rename(shadow, comm)
+            await self.rename(shadow, comm)
         return shadow
 
     def alive(self, tid: int) -> Shadow | None:
@@ -110,14 +154,29 @@ class Shadows:
 
     # ---- birth
 
+    def all(self) -> list[Shadow]:
+        """Return the shadows of all host threads."""
+        return list(self._by_tid.values())
+
+    def add(self, shadow: Shadow) -> None:
+        """Know the shadow of a host thread that somebody else has spawned."""
+        self._by_tid[shadow.tid] = shadow
+
+    def remove(self, shadow: Shadow) -> None:
+        """Forget a shadow that has ended, or is about to."""
+        if self._by_tid.get(shadow.tid) is shadow:
+            del self._by_tid[shadow.tid]
+
     async def _bear(self, thread: HostThread) -> Shadow:
+        if self.watching is not None and (watched := await self.watching.bear(thread)) is not None:
+            return watched
         if thread.uid == self._owner != 0:  # who mounts is the guest's root
             thread = replace(thread, uid=0, gid=0, groups=())
         parent = self._by_tid.get(thread.parent)
         if parent is None or parent.lock.locked():
             parent = self.init
         task = await self.spawn(parent, thread.tid)
-        shadow = Shadow(task, thread.tid, thread.comm)
+        shadow = Shadow(task, thread.tid, thread.comm, self.init.descriptors)
         agent, at = self.pump.agent, task.virtual
         agent.put(task, _COMM_AT, thread.comm[:_COMM_MAX] + b"\0")
         calls: list[Call] = [(Sys.PRCTL, _PR_SET_NAME, at(_COMM_AT))]
@@ -129,11 +188,11 @@ class Shadows:
         if thread.uid:
             calls.append((Sys.SETRESUID, thread.uid, thread.uid, thread.uid))
         await self.pump.call(task, calls)
-        self._by_tid[thread.tid] = shadow
+        self.add(shadow)
         self._nursery.start_soon(self._follow, shadow)
         return shadow
 
-    async def spawn(self, parent: Shadow, pid: int = 0) -> Task:
+    async def spawn(self, parent: Shadow, pid: int = 0, kind: Kind = Kind.SHARING) -> Task:
         """Make a task as a child of `parent`, with `pid` in the guest if that is free there. Raises OSError."""
         try:
             task = self.pump.agent.new_task()
@@ -141,9 +200,9 @@ class Shadows:
             raise OSError(errno.EAGAIN, str(full)) from None
         try:
             async with parent.lock:
-                result = await self._clone(parent.task, task, pid)
+                result = await self._clone(parent.task, task, pid, kind)
                 if result < 0 and pid:
-                    result = await self._clone(parent.task, task, 0)
+                    result = await self._clone(parent.task, task, 0, kind)
         except BaseException:
             self.pump.agent.forget(task)
             raise
@@ -153,18 +212,24 @@ class Shadows:
         task.pid = result
         return task
 
-    async def _clone(self, parent: Task, task: Task, pid: int) -> int:
+    async def _clone(self, parent: Task, task: Task, pid: int, kind: Kind) -> int:
         agent = self.pump.agent
-        stack, stack_size = task.stack
+        stack, stack_size = (0, 0) if kind is Kind.PROCESS else task.stack  # a process has a copy of its parent's
         wish = (parent.virtual(_PID_AT), 1) if pid else (0, 0)
-        flags = _CLONE_VM | _CLONE_FS | _CLONE_FILES
-        arguments = CLONE_ARGS.pack(flags, 0, 0, 0, signal.SIGCHLD, stack, stack_size, 0, *wish, 0)
+        exit_signal = 0 if kind is Kind.THREAD else signal.SIGCHLD
+        arguments = CLONE_ARGS.pack(kind.value, 0, 0, 0, exit_signal, stack, stack_size, 0, *wish, 0)
         agent.put(parent, _CLONE_ARGS_AT, arguments)
         agent.put(parent, _PID_AT, struct.pack("<i", pid))
-        call = (CALL_SPAWN, parent.virtual(_CLONE_ARGS_AT), len(arguments), task.slot)
-        return (await self.pump.call(parent, [call]))[0]
+        physical = agent.physical(task)
+        maps = physical if kind is Kind.PROCESS else 0
+        calls: list[Call] = [(CALL_SPAWN, parent.virtual(_CLONE_ARGS_AT), len(arguments), task.slot, maps)]
+        if kind is Kind.THREAD:
+            slot = (task.start, SLOT_SIZE, _PROT_READ_WRITE, _MAP_SHARED_FIXED, WINDOW_FD, physical)
+            calls.insert(0, (Sys.MMAP, *slot))
+        return (await self.pump.call(parent, calls))[-1]
 
-    async def _rename(self, shadow: Shadow, comm: bytes) -> None:
+    async def rename(self, shadow: Shadow, comm: bytes) -> None:
+        """Give a shadow another comm."""
         async with shadow.lock:
             shadow.comm = comm
             self.pump.agent.put(shadow.task, _COMM_AT, comm[:_COMM_MAX] + b"\0")
@@ -183,7 +248,7 @@ class Shadows:
 
     async def _end_gone(self) -> None:
         """End the shadows of all host threads that have ended, in the order of their birth."""
-        for shadow in [shadow for shadow in self._by_tid.values() if has_ended(shadow.tid)]:
+        for shadow in [shadow for shadow in self._by_tid.values() if shadow.followed and has_ended(shadow.tid)]:
             if self._by_tid.pop(shadow.tid, None) is shadow:
                 await self.end(shadow)
 
@@ -191,23 +256,66 @@ class Shadows:
         """Make a shadow exit and take its slot back. One that is blocked is interrupted first."""
         async with trio.open_nursery() as nursery:
             if shadow.lock.locked():
-                nursery.start_soon(self._keep_interrupting, shadow)
+                nursery.start_soon(self.keep_interrupting, shadow)
             with suppress(OSError):  # the guest is dead, and so is the shadow
                 await self._exit(shadow)
             nursery.cancel_scope.cancel()
 
     async def _exit(self, shadow: Shadow) -> None:
         async with shadow.lock:
-            self.pump.begin(shadow.task, [(Sys.EXIT, 0)])
-            while True:  # its slot may be used again only when it runs no more
-                if await self._kill(shadow, 0) == -errno.ESRCH:
-                    break
-                await trio.sleep(_EXIT_POLL)
-            self.pump.agent.forget(shadow.task)
+            await self.pump.call(shadow.task, [(Sys.EXIT, 0)])
 
-    async def _kill(self, shadow: Shadow, number: int) -> int:
+    async def kill(self, shadow: Shadow, number: int) -> int:
+        """Have init send a shadow a signal; return what kill(2) does."""
         async with self.init.lock:
             return (await self.pump.call(self.init.task, [(Sys.KILL, shadow.task.pid, number)]))[0]
+
+    # ---- descriptors
+
+    def holders(self, handle: Handle) -> list[Shadow]:
+        """Return a shadow for each descriptor table that has a file: that of the opener where there is a choice."""
+        tables: dict[int, Shadow] = {}
+        for shadow in (self.init, *self._by_tid.values()):
+            if handle in shadow.descriptors and (id(shadow.descriptors) not in tables or shadow.tid == handle.opener):
+                tables[id(shadow.descriptors)] = shadow
+        return list(tables.values())
+
+    async def descriptor(self, shadow: Shadow, handle: Handle) -> int:
+        """Return a shadow's descriptor of a file; from another's table if need be. Raises OSError(EBADF).
+
+        The caller holds the shadow's lock.
+        """
+        fd = shadow.descriptors.get(handle)
+        if fd is not None:
+            return fd
+        for holder in self.holders(handle):
+            [pidfd] = await self.pump.call(shadow.task, [(Sys.PIDFD_OPEN, holder.task.pid, 0)])
+            if pidfd < 0:
+                continue
+            theirs = holder.descriptors[handle]
+            [fd, _] = await self.pump.call(shadow.task, [(Sys.PIDFD_GETFD, pidfd, theirs, 0), (Sys.CLOSE, pidfd)])
+            if fd >= 0:
+                shadow.descriptors[handle] = fd
+                return fd
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    async def inherit(self, shadow: Shadow) -> None:
+        """Have init get the files that only this shadow, which is about to end, has open."""
+        async with self.init.lock:
+            for handle in list(shadow.descriptors):
+                if all(holder.descriptors is shadow.descriptors for holder in self.holders(handle)):
+                    with suppress(OSError):
+                        await self.descriptor(self.init, handle)
+
+    async def close(self, handle: Handle) -> None:
+        """Close a file in all tables that have it."""
+        for shadow in self.holders(handle):
+            if shadow.lock.locked() and shadow.descriptors is self.init.descriptors:
+                shadow = self.init  # blocked in a call: another one with the same table
+            async with shadow.lock:
+                fd = shadow.descriptors.pop(handle, None)
+                if fd is not None:
+                    await self.pump.call(shadow.task, [(Sys.CLOSE, fd)])
 
     # ---- interruptible work
 
@@ -234,12 +342,13 @@ class Shadows:
 
     async def _interrupt_when(self, signalled: trio.Event, shadow: Shadow) -> None:
         await signalled.wait()
-        await self._keep_interrupting(shadow)
+        await self.keep_interrupting(shadow)
 
-    async def _keep_interrupting(self, shadow: Shadow) -> None:
+    async def keep_interrupting(self, shadow: Shadow) -> None:
+        """Interrupt the call a shadow is blocked in, until cancelled."""
         with suppress(OSError):  # the guest is dead
             while True:
-                await self._kill(shadow, signal.SIGINT)
+                await self.kill(shadow, signal.SIGINT)
                 await trio.sleep(_SIGNAL_AGAIN)
 
 
@@ -301,4 +410,4 @@ def parse_status(text: bytes, caller: Caller) -> HostThread | None:
     except (KeyError, ValueError):
         return None
     parent = ppid if tgid == caller.tid else tgid
-    return HostThread(caller.tid, parent, comm, caller.uid, caller.gid, groups)
+    return HostThread(caller.tid, parent, comm, caller.uid, caller.gid, groups, tgid)

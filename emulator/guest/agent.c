@@ -4,114 +4,7 @@
  *
  * Static, without a C library: it is the only thing in memory beside the kernel, and its calls show in the traces.
  */
-#include "protocol.h"
-
-typedef unsigned int u32;
-typedef unsigned long u64;
-
-struct call {
-	long number;
-	long argument[6];
-	long result;
-};
-
-struct slot {
-	volatile u32 futex;
-	u32 ncalls;
-	char pad[SLOT_CALLS - 8];
-	struct call calls[SLOT_MAX_CALLS];
-};
-
-struct kernel_sigaction {
-	void (*handler)(int);
-	u64 flags;
-	void (*restorer)(void);
-	u64 mask;
-};
-
-enum {
-	SYS_write = 1, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_rt_sigaction = 13, SYS_rt_sigreturn = 15,
-	SYS_mkdir = 83, SYS_mlock = 149, SYS_mount = 165, SYS_reboot = 169, SYS_futex = 202, SYS_clone3 = 435,
-};
-enum { O_WRONLY = 1, O_RDWR = 2, O_SYNC = 04010000 };
-enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1 };
-enum { FUTEX_WAIT_PRIVATE = 128 };
-enum { SIGINT = 2, SIGPIPE = 13, SIGCHLD = 17, SIG_IGN = 1, SA_RESTORER = 0x04000000 };
-
-static long syscall6(long number, long a, long b, long c, long d, long e, long f)
-{
-	long result;
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
-#define SYSCALL3(number, a, b, c) syscall6(number, (long)(a), (long)(b), (long)(c), 0, 0, 0)
-
-static struct slot *slot_at(u64 number)
-{
-	return (struct slot *)(WINDOW_VIRTUAL + number * SLOT_SIZE);
-}
-
-/* The jump ends the translation block, so that the host finds the registers settled behind CPUID. */
-static u32 hypercall(u64 slot)
-{
-	u64 a = HYPERCALL_LEAF, b, c = slot, d;
-
-	__asm__ volatile("cpuid\n\tjmp 1f\n1:" : "+a"(a), "=b"(b), "+c"(c), "=d"(d) : : "memory");
-	return (u32)a;
-}
-
-__attribute__((used, noreturn)) static void serve(u64 number);
-
-/* clone3() with a stack of the child's own: it may touch nothing of its parent's, so it goes straight to serve(). */
-static long spawn(long arguments, long size, u64 slot)
-{
-	long result;
-	register u64 r12 __asm__("r12") = slot;
-
-	__asm__ volatile("syscall\n\t"
-			 "test %%rax, %%rax\n\t"
-			 "jnz 1f\n\t"
-			 "xor %%ebp, %%ebp\n\t"
-			 "and $-16, %%rsp\n\t"
-			 "mov %%r12, %%rdi\n\t"
-			 "call serve\n"
-			 "1:"
-			 : "=a"(result)
-			 : "0"((long)SYS_clone3), "D"(arguments), "S"(size), "r"(r12)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
-static void serve(u64 number)
-{
-	struct slot *slot = slot_at(number);
-
-	for (;;) {
-		u32 operation = hypercall(number), n = slot->ncalls;
-
-		if (operation == OP_SLEEP) {
-			syscall6(SYS_futex, (long)&slot->futex, FUTEX_WAIT_PRIVATE, 0, 0, 0, 0);
-			continue;
-		}
-		for (u32 i = 0; i < n && i < SLOT_MAX_CALLS; i++) {
-			struct call *c = &slot->calls[i];
-			long *a = c->argument;
-
-			if (c->number == CALL_SPAWN)
-				c->result = spawn(a[0], a[1], (u64)a[2]);
-			else
-				c->result = syscall6(c->number, a[0], a[1], a[2], a[3], a[4], a[5]);
-		}
-	}
-}
+#include "serve.h"
 
 static u64 length(const char *text)
 {
@@ -143,24 +36,24 @@ static void mount_at(const char *type, const char *directory)
 	syscall6(SYS_mount, (long)type, (long)directory, (long)type, 0, 0, 0);
 }
 
+/* Show a directory, with what is mounted in it, in OTHER_ROOT too. */
+static void show_again(const char *directory)
+{
+	static char other[64] = OTHER_ROOT;
+	u64 at = length(OTHER_ROOT);
+
+	for (u64 i = 0; i <= length(directory); i++)
+		other[at + i] = directory[i];
+	SYSCALL3(SYS_mkdir, other, 0755, 0);
+	syscall6(SYS_mount, (long)directory, (long)other, 0, 0x5000 /* MS_BIND | MS_REC */, 0, 0);
+}
+
 static void set(const char *file, const char *value)
 {
 	long fd = SYSCALL3(SYS_open, file, O_WRONLY, 0);
 
 	SYSCALL3(SYS_write, fd, value, length(value));
 	SYSCALL3(SYS_close, fd, 0, 0);
-}
-
-__asm__("on_signal: ret\n"
-	"signal_return: mov $15, %eax\n syscall\n");
-void on_signal(int);
-void signal_return(void);
-
-static void on(int signal, void (*handler)(int))
-{
-	struct kernel_sigaction action = { handler, SA_RESTORER, signal_return, 0 };
-
-	syscall6(SYS_rt_sigaction, signal, (long)&action, 0, sizeof(action.mask), 0, 0);
 }
 
 /* A page of ordinary, locked RAM: the host keeps kernel structures it links into the guest's lists here. */
@@ -197,6 +90,10 @@ __attribute__((used, noreturn)) static void start(void)
 	mount_at("tmpfs", "/tmp");
 	mount_at("debugfs", "/sys/kernel/debug");
 	mount_at("tracefs", "/sys/kernel/tracing");
+	SYSCALL3(SYS_mkdir, OTHER_ROOT, 0755, 0);
+	show_again("/proc");
+	show_again("/sys");
+	show_again("/dev");
 	set("/proc/sys/kernel/pid_max", "4194304");
 	set("/proc/sys/kernel/printk", "1");
 	/* The host writes to `page` by its physical address: it must not be moved to make room. */
@@ -214,6 +111,7 @@ __attribute__((used, noreturn)) static void start(void)
 		give_up("open /dev/mem: a kernel with CONFIG_DEVMEM is needed");
 	n = syscall6(SYS_mmap, (long)WINDOW_VIRTUAL, (long)window_size, PROT_READ | PROT_WRITE,
 		     MAP_SHARED | 0x100000 /* MAP_FIXED_NOREPLACE */, fd, (long)window_at);
+	SYSCALL3(SYS_dup2, fd, WINDOW_FD, 0);
 	SYSCALL3(SYS_close, fd, 0, 0);
 	if (n != (long)WINDOW_VIRTUAL)
 		give_up("map the window");
@@ -227,7 +125,7 @@ __attribute__((used, noreturn)) static void start(void)
 	/* Slot 0 is ours; before its first call it holds the address of the page. */
 	*(volatile u64 *)(WINDOW_VIRTUAL + SLOT_CALLS) = (u64)page;
 	say("agent: ready\n");
-	serve(0);
+	serve(0, 0);
 }
 
 __asm__(".globl _start\n"

@@ -6,7 +6,8 @@
  * gives the slot to the host. eax on return says what to do:
  *   OP_SLEEP  wait until the slot's futex word is not 0 (the host wakes the task), then make the hypercall again
  *   OP_CALLS  make the slot's `ncalls` system calls in order, put their results beside them, make the hypercall again
- * A call with number CALL_SPAWN makes a new task: clone3(a[0], a[1]) whose child enters the loop with slot a[2].
+ * A call with number CALL_SPAWN makes a new task: clone3(a[0], a[1]) whose child enters the loop with slot a[2], after
+ * mapping that slot from physical address a[3], unless that is 0.
  */
 #ifndef GUEST_PROTOCOL_H
 #define GUEST_PROTOCOL_H
@@ -19,6 +20,9 @@
 #define SLOT_MAX_CALLS 128ul
 #define SLOT_STACK_TOP 0x4000ul		/* the task's stack lies below, above the calls */
 #define SLOT_DATA 0x4000ul		/* buffers and paths, to the end of the slot */
+
+#define WINDOW_FD 63l /* init's descriptor of /dev/mem: the last one that needs no larger table */
+#define OTHER_ROOT "/host"	/* root directory of processes that stand for those of the host */
 
 #define OP_SLEEP 0u
 #define OP_CALLS 1u

@@ -54,6 +54,7 @@ class WakeFacts(Facts):
     work_flags: int  # in irq_work
     work_func: int
     sleeper_task: int  # in hrtimer_sleeper
+    task_dead: int  # address of the last function that a task calls
 
     @classmethod
     def for_ram(cls, values: object, ram_size: int) -> WakeFacts:
@@ -172,6 +173,7 @@ def wake_facts(
             work_flags=btf.offsetof("irq_work", "node") + btf.offsetof("__call_single_node", "u_flags"),
             work_func=btf.offsetof("irq_work", "func"),
             sleeper_task=btf.offsetof("hrtimer_sleeper", "task"),
+            task_dead=symbols["do_task_dead"],
         )
     except KeyError as missing:
         raise EmulatorError(f"this kernel has no {missing.args[0]}: it cannot be used; try another kernel") from None

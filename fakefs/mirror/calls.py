@@ -1,0 +1,103 @@
+"""The system calls that are mirrored, and at which level: one table, which filter, recorder and daemon go by.
+
+Numbers are those of x86-64 (arch/x86/entry/syscalls/syscall_64.tbl).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+from fakefs.mirror.seccomp import Rule
+
+
+class Level(IntEnum):
+    """How much of what a program does is done in the guest too."""
+
+    OFF = 0
+    PROCESS = 1
+    FILES = 2
+
+
+class Call(NamedTuple):
+    """A mirrored call. `arguments` says what each of its arguments is, by a letter:
+
+    P path, followed if it is a symbolic link; L path, not followed; D descriptor of the directory that the path
+    behind it is relative to; F descriptor of an open file; T text; H address of a struct open_how; i number.
+
+    A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified.
+    """
+
+    number: int
+    name: str
+    level: Level
+    arguments: str = ""
+    only: tuple[Rule, ...] = ()
+
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_ARCH_SET_FS = 0x1002
+_PR_SET_NAME = 15
+
+_P, _F = Level.PROCESS, Level.FILES
+
+TABLE = (
+    # what a process is
+    Call(273, "set_robust_list", _P),  # the first thing glibc does in a forked child or a new thread
+    Call(59, "execve", _P),
+    Call(322, "execveat", _P),
+    Call(158, "arch_prctl", _P, only=(Rule(158, 0, value=_ARCH_SET_FS),)),  # and in a new program
+    Call(60, "exit", _P),
+    Call(231, "exit_group", _P),
+    Call(157, "prctl", _P, only=(Rule(157, 0, value=_PR_SET_NAME),)),
+    Call(95, "umask", _P, "i"),
+    Call(109, "setpgid", _P, "ii"),
+    Call(112, "setsid", _P),
+    Call(35, "nanosleep", _P),
+    Call(230, "clock_nanosleep", _P),
+    Call(62, "kill", _P),
+    Call(200, "tkill", _P),
+    Call(234, "tgkill", _P),
+    # files by their names
+    Call(2, "open", _F, "Pii", (Rule(2, 1, mask=_WRITING),)),
+    Call(257, "openat", _F, "DPii", (Rule(257, 2, mask=_WRITING),)),
+    Call(437, "openat2", _F, "DPH"),
+    Call(85, "creat", _F, "Pi"),
+    Call(87, "unlink", _F, "L"),
+    Call(263, "unlinkat", _F, "DLi"),
+    Call(82, "rename", _F, "LL"),
+    Call(264, "renameat", _F, "DLDL"),
+    Call(316, "renameat2", _F, "DLDLi"),
+    Call(83, "mkdir", _F, "Li"),
+    Call(258, "mkdirat", _F, "DLi"),
+    Call(84, "rmdir", _F, "L"),
+    Call(133, "mknod", _F, "Lii"),
+    Call(259, "mknodat", _F, "DLii"),
+    Call(76, "truncate", _F, "Pi"),
+    Call(77, "ftruncate", _F, "Fi"),
+    Call(88, "symlink", _F, "TL"),
+    Call(266, "symlinkat", _F, "TDL"),
+    Call(86, "link", _F, "LL"),
+    Call(265, "linkat", _F, "DLDLi"),
+    Call(90, "chmod", _F, "Pi"),
+    Call(91, "fchmod", _F, "Fi"),
+    Call(268, "fchmodat", _F, "DPi"),
+    Call(92, "chown", _F, "Pii"),
+    Call(94, "lchown", _F, "Lii"),
+    Call(93, "fchown", _F, "Fii"),
+    Call(260, "fchownat", _F, "DPiii"),
+    Call(80, "chdir", _F, "P"),
+    Call(81, "fchdir", _F, "F"),
+)
+
+BY_NUMBER = {call.number: call for call in TABLE}
+NUMBER = {call.name: call.number for call in TABLE}
+
+
+def rules(level: Level) -> Iterable[Rule]:
+    """Yield what the filter has to notify at a level."""
+    for call in TABLE:
+        if call.level <= level:
+            yield from call.only or (Rule(call.number),)

@@ -1,0 +1,121 @@
+"""Calls with paths in them, made in the guest: open(2), unlink(2), rename(2) and the like.
+
+Files that a call opens are closed again at once: what a program does with its descriptors is not mirrored.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from itertools import count
+
+from emulator.agent import WINDOW_FD
+from fakefs.mirror.calls import BY_NUMBER, NUMBER
+from fakefs.mirror.guestpaths import GuestPaths, Wish, place
+from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.records import Entry, Files
+from fakefs.shadow import Shadows
+from fakefs.syscalls import Sys
+
+_AT_FDCWD = -100
+_AT_REMOVEDIR = 0x200
+_RENAME_EXCHANGE = 2
+_OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "creat"))
+_LEAVES_CONTENT = frozenset(
+    NUMBER[name]
+    for name in ("unlink", "unlinkat", "rename", "renameat", "renameat2", "rmdir", "chdir", "fchdir", "link", "linkat")
+)
+
+
+class FileCalls:
+    """Makes them."""
+
+    def __init__(self, shadows: Shadows, processes: Processes, paths: GuestPaths) -> None:
+        self._pump = shadows.pump
+        self._processes = processes
+        self._paths = paths
+
+    async def make(self, record: Files) -> None:
+        """Make a call by its thread's shadow, after making what it looks at equal to the host's."""
+        shadow = self._processes.find(record.tid)
+        if shadow is None:
+            return
+        await self._processes.settle(shadow)
+        writes = record.number not in _LEAVES_CONTENT and self._flags(record) & os.O_ACCMODE != os.O_RDONLY
+        before = [path.entry for path in record.paths if path.entries]
+        for path in record.paths:
+            await self._paths.make(path.entries, writes=writes)
+        calls, main = self._calls(shadow, record)
+        async with shadow.lock:
+            results = await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, calls))
+        if record.cwd:
+            shadow.cwd = record.cwd
+        if results[main] >= 0:
+            self._effects(shadow, record, before)
+
+    def _calls(self, shadow: Mirrored, record: Files) -> tuple[list[Wish], int]:
+        """Return the calls, and which of them is the one."""
+        texts = iter(os.fsencode(path.text) for path in record.paths)
+        words: list[int | bytes] = [next(texts) if word is None else word for word in record.arguments]
+        before: list[Wish] = []
+        if record.cwd and record.cwd != shadow.cwd:
+            before.append((Sys.CHDIR, os.fsencode(record.cwd)))
+        fd = self._next_descriptor(shadow)
+        if record.number in _OPENS:
+            if record.number != NUMBER["creat"]:
+                at = 2 if record.number == NUMBER["openat"] else 1
+                flags = words[at]
+                assert isinstance(flags, int)
+                words[at] = flags | os.O_NONBLOCK | os.O_NOCTTY
+            return [*before, (record.number, *words), (Sys.CLOSE, fd)], len(before)
+        if BY_NUMBER[record.number].arguments.startswith("F"):
+            access = os.O_RDWR if record.number == Sys.FTRUNCATE else os.O_RDONLY
+            opening = (Sys.OPENAT, _AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)
+            return [*before, opening, (record.number, fd, *words[1:]), (Sys.CLOSE, fd)], len(before) + 1
+        return [*before, (record.number, *words)], len(before)
+
+    @staticmethod
+    def _next_descriptor(shadow: Mirrored) -> int:
+        """Return the number that the next file a shadow opens will have: the lowest that is free."""
+        taken = {WINDOW_FD, *shadow.descriptors.values()}
+        return next(fd for fd in count() if fd not in taken)
+
+    @staticmethod
+    def _flags(record: Files) -> int:
+        """The flags of open(2); for other calls, those of one that writes."""
+        if record.number not in _OPENS or record.number == NUMBER["creat"]:
+            return os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        return record.arguments[2 if record.number == NUMBER["openat"] else 1] or 0
+
+    def _effects(self, shadow: Mirrored, record: Files, before: list[Entry]) -> None:
+        """Note what a call that succeeded has done to the guest's files."""
+        paths, name = self._paths, BY_NUMBER[record.number].name
+        numbers = [word or 0 for word in record.arguments]
+        there = before[-1] if before else Entry("", 0)
+        permissions = ~shadow.umask & 0o7777
+        match name:
+            case "open" | "openat" | "creat" if not there.mode:
+                paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions))
+            case "mkdir" | "mkdirat":
+                paths.created(there._replace(mode=stat.S_IFDIR | numbers[-1] & permissions))
+            case "mknod" | "mknodat":
+                kind = stat.S_IFMT(numbers[-2]) or stat.S_IFREG
+                paths.created(there._replace(mode=kind | numbers[-2] & permissions))
+            case "symlink" | "symlinkat":
+                paths.created(there._replace(mode=stat.S_IFLNK | 0o777, target=record.paths[0].text))
+            case "unlink" | "unlinkat" | "rmdir":
+                paths.removed(there.path)
+            case "rename" | "renameat" | "renameat2":
+                exchanged = name == "renameat2" and bool(numbers[-1] & _RENAME_EXCHANGE)
+                paths.renamed(before[0].path, there.path, exchanged=exchanged)
+            case "link" | "linkat":
+                paths.linked(before[0].path, there.path)
+            case "chmod" | "fchmod" | "fchmodat":
+                mode = numbers[-1] & 0o7777
+                paths.created(there._replace(mode=stat.S_IFMT(there.mode) | mode))
+            case "chdir":
+                shadow.cwd = there.path
+            case "fchdir":
+                shadow.cwd = there.path
+            case "umask":
+                shadow.umask = numbers[0] & 0o777

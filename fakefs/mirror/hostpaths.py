@@ -1,0 +1,85 @@
+"""What the host has at a path and above it, looked at as the kernel would: path_resolution(7).
+
+It never looks into the guest's files or the kernel's, and tells each directory once, until it is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+
+from fakefs.mirror.records import Entry
+
+_LINKS_MAX = 40
+_KERNELS = frozenset(("/proc", "/sys"))
+_DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+"""Those that the guest has too, and where opening does no harm."""
+
+
+class NotMirrored(Exception):
+    """A path that is not for the guest: of the kernel's, of a device, or in another guest's files."""
+
+
+class HostPaths:
+    """The files seen from a root directory, which `root` is a descriptor of. `guest_device` is st_dev of our mount."""
+
+    def __init__(self, root: int, guest_device: int) -> None:
+        self._root = root
+        self._guest_device = guest_device
+        self._told: dict[str, Entry] = {}
+
+    def look(self, path: str, *, follow: bool) -> list[Entry]:
+        """Return what is at the parts of an absolute path that were not told yet, and always what is at its end.
+
+        Where a directory is missing, that is the end. Raises NotMirrored, and OSError for what the kernel refuses.
+        """
+        entries: list[Entry] = []
+        parts, at, links = deque(path.split("/")), "", 0
+        while parts:
+            name = parts.popleft()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                at = at.rpartition("/")[0]
+                continue
+            at = f"{at}/{name}"
+            last = not any(part not in ("", ".") for part in parts)
+            entry = None if last else self._told.get(at)
+            if entry is None:
+                entry = self._look(at)
+                entries.append(entry)
+            if stat.S_ISLNK(entry.mode) and (follow or not last):
+                links += 1
+                if links > _LINKS_MAX:
+                    raise NotMirrored
+                parts.extendleft(reversed(entry.target.split("/")))
+                at = "" if entry.target.startswith("/") else at.rpartition("/")[0]
+            elif not last and not stat.S_ISDIR(entry.mode):
+                break
+        return entries or [self._look(at or "/")]
+
+    def tell(self, entries: list[Entry]) -> None:
+        """What `look()` returned was passed on: the directories in it need not be told again."""
+        for entry in entries[:-1]:
+            self._told[entry.path] = entry
+
+    def forget(self, path: str) -> None:
+        """A path may change: tell again what is there and below."""
+        if path in self._told:
+            below = path + "/"
+            for told in [told for told in self._told if told == path or told.startswith(below)]:
+                del self._told[told]
+
+    def _look(self, path: str) -> Entry:
+        if path in _KERNELS or (path.startswith("/dev/") and path not in _DEVICES):
+            raise NotMirrored
+        try:
+            found = os.stat(path.lstrip("/") or ".", dir_fd=self._root, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return Entry(path, 0)
+        kind = stat.S_IFMT(found.st_mode)
+        if found.st_dev == self._guest_device or (kind in (stat.S_IFCHR, stat.S_IFBLK) and path not in _DEVICES):
+            raise NotMirrored
+        target = os.readlink(path.lstrip("/"), dir_fd=self._root) if kind == stat.S_IFLNK else ""
+        return Entry(path, found.st_mode, found.st_uid, found.st_gid, found.st_size, target)

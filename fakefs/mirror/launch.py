@@ -1,0 +1,95 @@
+"""Sets mirroring up around a program that `fakefs run` starts: filter, recorder, and who steps in when that ends.
+
+Three processes take part: the *program* installs the filter and hands its listener to the *first* process, which forks
+the recorder and keeps the listener too. Calls that wait when the recorder is killed, and all later ones, are then
+answered by the first process: the program goes on, unmirrored.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import struct
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from fakefs import namespace
+from fakefs.mirror import calls
+from fakefs.mirror.calls import Level
+from fakefs.mirror.seccomp import Listener, install, program
+
+_SYS_SENDMMSG = 307
+
+
+class Launch:
+    """What is made before the daemon is forked: `daemon` is its end of the socket from the recorder."""
+
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        self.daemon, self._recorder = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._first, self._program = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._in_flight = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the recorder
+        self._listener: Listener | None = None
+        self._pid = 0
+
+    # ---- the program
+
+    def enter(self) -> None:
+        """Put this process and its descendants under the filter. Raises OSError: EBUSY if one of its kind is there."""
+        listener = install(program(calls.rules(self.level)))
+        socket.send_fds(self._program, [b"l"], [listener])
+        for end in (self._program, self._first, self.daemon, self._recorder):
+            end.close()
+        os.close(listener)
+
+    # ---- the first process
+
+    def supervise(self, child: int, tracing: Path) -> None:
+        """Fork the recorder for a program that is being started; nothing happens if it cannot be."""
+        self._program.close()
+        self.daemon.close()
+        _, descriptors, _, _ = socket.recv_fds(self._first, 1, 1)
+        if not descriptors:
+            return
+        self._listener = Listener(descriptors[0])
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                namespace.die_with_parent()
+                os.setsid()  # away from the terminal and its signals
+                _record(self._listener, self._recorder, child, tracing, self._in_flight)
+            finally:
+                os._exit(1)
+        self._recorder.close()
+
+    def ended(self, pid: int) -> bool:
+        """A child of the first process has ended: if it is the recorder, step in."""
+        if pid != self._pid or self._listener is None:
+            return False
+        threading.Thread(target=_proceed, args=(self._listener, self._in_flight), daemon=True).start()
+        return True
+
+
+def _record(listener: Listener, daemon: socket.socket, child: int, tracing: Path, in_flight: mmap.mmap) -> None:
+    from fakefs.mirror.hostpaths import HostPaths
+    from fakefs.mirror.recorder import Recorder
+
+    def note(identity: int) -> None:
+        struct.pack_into("<Q", in_flight, 0, identity)
+
+    root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    paths = HostPaths(root, os.stat(tracing).st_dev)
+    Recorder(listener, daemon, paths, os.getppid(), note).run()
+
+
+def _proceed(listener: Listener, in_flight: mmap.mmap) -> None:
+    """Answer the call the recorder left, and all others."""
+    [identity] = struct.unpack_from("<Q", in_flight, 0)
+    listener.proceed(identity)
+    with suppress(OSError):
+        while True:
+            notification = listener.receive()
+            if notification is not None:
+                listener.proceed(notification.id)

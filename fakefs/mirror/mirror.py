@@ -1,0 +1,149 @@
+"""The daemon's side of mirroring: has each thread's shadow make the calls the recorder tells of, in their order.
+
+One record at a time, each when the one before is done, so the guest's order is the host's. Only sleeps are not waited
+for. A request to the mount waits until all that was recorded before it is done (`catch_up()`); nothing else waits. What
+fails in the guest is nobody's business on the host.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import NamedTuple
+
+import trio
+
+from fakefs.mirror.calls import NUMBER
+from fakefs.mirror.filecalls import FileCalls
+from fakefs.mirror.guestpaths import GuestPaths
+from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.records import PACKET_MAX, Birth, Exit, Files, Name, Plain, Program, Record, Sleep, decode
+from fakefs.shadow import HostThread, Shadow, Shadows
+from fakefs.syscalls import Sys
+
+_PATIENCE = 2.0  # host seconds the guest gets for a record
+_QUEUE_MAX = 64  # records; those behind wait in the socket, and the recorder behind that
+
+
+class _Died(NamedTuple):
+    """A process was killed: it did not tell of its end by a call."""
+
+    shadow: Mirrored
+    status: int
+
+
+class Mirror:
+    """Implements `fakefs.shadow.Watching`. `records` is the socket from the recorder."""
+
+    def __init__(self, shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> None:
+        self._socket = records
+        records.setblocking(False)
+        paths = GuestPaths(shadows)
+        self._shadows = shadows
+        self._processes = Processes(shadows, paths, nursery, self._note_death)
+        self._files = FileCalls(shadows, self._processes, paths)
+        self._queue: deque[Record | _Died] = deque()
+        self._taken = self._done = 0  # records, since the beginning
+        self._arrived = trio.Event()
+        self._finished = trio.Event()
+
+    # ---- records
+
+    async def receive(self) -> None:
+        """Take in records while the host's processes live."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            if not self._drain():
+                return
+            while len(self._queue) > _QUEUE_MAX:
+                await self._finished.wait()
+
+    def _drain(self) -> bool:
+        """Take in what the socket has; False when the recorder is gone."""
+        try:
+            while packet := self._socket.recv(PACKET_MAX):
+                self._put(decode(packet))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _put(self, record: Record | _Died) -> None:
+        self._queue.append(record)
+        self._taken += 1
+        self._arrived.set()
+
+    def _note_death(self, shadow: Mirrored, status: int) -> None:
+        self._drain()  # what it did before comes before
+        self._put(_Died(shadow, status))
+
+    async def run(self) -> None:
+        """Do what the records say, until cancelled."""
+        while True:
+            while not self._queue:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+            record = self._queue.popleft()
+            try:
+                with trio.move_on_after(_PATIENCE) as patience:
+                    await self._do(record)
+                if patience.cancelled_caught:
+                    await self._give_up(record)
+            except (OSError, ValueError):  # the guest is dead, or the call's strings too long
+                pass
+            self._done += 1
+            finished, self._finished = self._finished, trio.Event()
+            finished.set()
+            await trio.lowlevel.checkpoint()
+
+    async def _do(self, record: Record | _Died) -> None:
+        processes = self._processes
+        match record:
+            case Files():
+                await self._files.make(record)
+            case Birth():
+                await processes.bear(record)
+            case Program():
+                await processes.execute(record)
+            case Exit():
+                await processes.exit(record)
+            case Sleep():
+                await processes.sleep(record)
+            case Name(tid, comm):
+                if (shadow := processes.find(tid)) is not None:
+                    await processes.settle(shadow)
+                    await self._shadows.rename(shadow, comm.encode("utf-8", "surrogateescape"))
+            case Plain(tid, number, arguments):
+                if (shadow := processes.find(tid)) is not None:
+                    if number == NUMBER["setsid"]:
+                        await processes.call(shadow, (Sys.SETSID,))
+                    else:
+                        await processes.signal(shadow, number, arguments)
+            case _Died(shadow, status):
+                await processes.kill(shadow, status)
+
+    async def _give_up(self, record: Record | _Died) -> None:
+        shadow = record.shadow if isinstance(record, _Died) else self._processes.find(record.tid)
+        if shadow is not None:
+            with trio.move_on_after(_PATIENCE):
+                await self._processes.give_up(shadow)
+
+    # ---- what the mount's requests need
+
+    async def catch_up(self, tid: int) -> None:
+        """Wait until all that was recorded is done, and the shadow of `tid` waits for nothing."""
+        self._drain()
+        until = self._taken
+        while self._done < until:
+            await self._finished.wait()
+        shadow = self._processes.find(tid)
+        if shadow is not None:
+            await self._processes.settle(shadow)
+
+    async def bear(self, thread: HostThread) -> Shadow | None:
+        """Bear the shadow of a thread that made no mirrored call yet, if it is a mirrored process's child or thread."""
+        if self._processes.find(thread.parent) is None:
+            return None
+        birth = Birth(thread.tid, thread.tgid, thread.parent, thread.comm.decode("utf-8", "surrogateescape"), 0o022)
+        return await self._processes.bear(birth)

@@ -1,0 +1,290 @@
+"""Processes and threads of the guest that stand for the host's: birth, exec, exit, names, signals, sleeps.
+
+A shadow does nothing by itself: it makes the calls it is given, and all signals but one of ours are blocked, so that it
+lives as long as its thread on the host.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import trio
+
+from emulator.agent import OTHER_ROOT, Call, Request, Task, strings
+from fakefs.mirror.guestpaths import GuestPaths
+from fakefs.mirror.records import Birth, Exit, Program, Sleep
+from fakefs.shadow import Handle, Kind, Shadow, Shadows
+from fakefs.syscalls import Sys
+
+_OVERSLEEP = 0.1  # host seconds a guest's sleep may be behind the host's
+_SIG_SETMASK = 2
+_KEPT = 1 << (signal.SIGINT - 1)
+"""The one signal that is not blocked: it interrupts a shadow, and has a handler."""
+_WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
+_SIGACTION_SIZE = 32
+_COMM_MAX = 15
+_CORE_DUMPED = 0x80
+
+
+class Mirrored(Shadow):
+    """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest."""
+
+    __slots__ = ("cwd", "sleep", "tgid", "umask", "until")
+    followed = False
+
+    def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
+        super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)
+        self.tgid = birth.tgid
+        self.umask = birth.umask
+        self.cwd = "/"
+        self.sleep: Request | None = None
+        self.until = 0.0  # host's monotonic time at which the sleep should be over
+
+
+class Processes:
+    """All mirrored processes. `died` is called when one was killed on the host, with its status as wait(2) has it."""
+
+    def __init__(
+        self, shadows: Shadows, paths: GuestPaths, nursery: trio.Nursery, died: Callable[[Mirrored, int], None]
+    ) -> None:
+        self._shadows = shadows
+        self._pump = shadows.pump
+        self._agent = shadows.pump.agent
+        self._paths = paths
+        self._nursery = nursery
+        self._died = died
+        self._bearing = trio.Lock()
+        self._full = False
+
+    def find(self, tid: int) -> Mirrored | None:
+        """Return the shadow of a thread."""
+        shadow = self._shadows.alive(tid)
+        return shadow if isinstance(shadow, Mirrored) else None
+
+    def group(self, tgid: int) -> list[Mirrored]:
+        """Return the shadows of a process's threads."""
+        return [shadow for shadow in self._shadows.all() if isinstance(shadow, Mirrored) and shadow.tgid == tgid]
+
+    async def call(self, shadow: Mirrored, *calls: Call) -> list[int]:
+        """Have a shadow make calls that need nothing in its data area."""
+        async with shadow.lock:
+            return await self._pump.call(shadow.task, calls)
+
+    # ---- birth
+
+    async def bear(self, birth: Birth) -> Mirrored | None:
+        """Make the shadow of a new thread by its parent's; None, said once, when the guest has no room for it."""
+        async with self._bearing:
+            known = self.find(birth.tid)
+            if known is not None:
+                return known
+            parent, kind = self.find(birth.parent), Kind.PROCESS if birth.tid == birth.tgid else Kind.THREAD
+            if parent is None and kind is Kind.THREAD:
+                return None
+            if parent is not None:
+                await self.settle(parent)
+            try:
+                task = await self._shadows.spawn(parent or self._shadows.init, birth.tid, kind)
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    raise
+                self._say_full()
+                return None
+            shadow = self._of(task, birth, parent, kind)
+            self._shadows.add(shadow)
+            if parent is None:
+                await self._leave_init(shadow)
+            elif shadow.comm != parent.comm:
+                await self._shadows.rename(shadow, shadow.comm)
+            if kind is Kind.PROCESS:
+                self._nursery.start_soon(self._follow, shadow)
+            return shadow
+
+    def _of(self, task: Task, birth: Birth, parent: Mirrored | None, kind: Kind) -> Mirrored:
+        descriptors = (parent or self._shadows.init).descriptors
+        shadow = Mirrored(task, birth, descriptors if kind is Kind.THREAD else dict(descriptors))
+        if parent is not None:
+            shadow.cwd = parent.cwd
+        return shadow
+
+    async def _leave_init(self, shadow: Mirrored) -> None:
+        """The first one, a child of init: a session, a root directory and signals of its own."""
+        at = shadow.task.virtual
+        async with shadow.lock:
+            self._agent.put(shadow.task, 0, struct.pack("<Q", ~_KEPT & (1 << 64) - 1))
+            self._agent.put(shadow.task, 64, OTHER_ROOT + b"\0/\0" + shadow.comm[:_COMM_MAX] + b"\0")
+            await self._pump.call(
+                shadow.task,
+                [
+                    (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(0), 0, 8),
+                    (Sys.SETSID,),
+                    (Sys.CHROOT, at(64)),
+                    (Sys.CHDIR, at(64 + len(OTHER_ROOT) + 1)),
+                    (Sys.UMASK, shadow.umask),
+                    (Sys.PRCTL, 15, at(64 + len(OTHER_ROOT) + 3)),
+                ],
+            )
+
+    def _say_full(self) -> None:
+        if not self._full:
+            self._full = True
+            most = self._agent.slots - 1
+            sys.stderr.write(f"fakefs: the guest has no room for more processes (at most {most}): not all are traced\n")
+
+    # ---- exec
+
+    async def execute(self, program: Program) -> None:
+        """execve(2): the stub, under the program's name. It ends the other threads of the process."""
+        shadow = self.find(program.tid)
+        if shadow is None:
+            return
+        await self.settle(shadow)
+        await self._paths.make_program(program.file.entries)
+        for thread in self.group(shadow.tgid):
+            if thread is not shadow:
+                self._shadows.remove(thread)
+        shadow.descriptors = dict(shadow.descriptors)  # the kernel makes a shared table its own
+        name = os.fsencode(program.file.text)
+        where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
+        async with shadow.lock:
+            argv = [os.fsencode(word) for word in program.argv] or [b""]
+            blob, offsets = strings([name, where, *argv])
+            path, variable, *words = [shadow.task.virtual(offset) for offset in offsets]
+            pointers = [*words, 0, variable, 0]
+            self._agent.put(shadow.task, 0, blob)
+            self._agent.put(shadow.task, _WORDS, struct.pack(f"<{len(pointers)}Q", *pointers))
+            at = shadow.task.virtual(_WORDS)
+            calls: list[Call] = [(Sys.EXECVE, path, at, at + 8 * (len(words) + 1))]
+            if shadow.task.pid == 0:
+                return
+            [result] = await self._pump.call(shadow.task, calls)
+        comm = name.rpartition(b"/")[2][:_COMM_MAX]
+        if result < 0:
+            await self._shadows.rename(shadow, comm)
+        shadow.comm = comm
+
+    # ---- the end
+
+    async def exit(self, record: Exit) -> None:
+        """exit_group(2), or exit(2) of one thread."""
+        shadow = self.find(record.tid)
+        if shadow is None:
+            return
+        await self.settle(shadow)
+        await self._forget(shadow, whole=record.group)
+        await self.call(shadow, (Sys.EXIT_GROUP if record.group else Sys.EXIT, record.status))
+
+    async def kill(self, shadow: Mirrored, status: int) -> None:
+        """A process was killed on the host: end its shadow by the same signal."""
+        if shadow.task.dead or self.find(shadow.tid) is not shadow:
+            return
+        await self._interrupt(shadow)
+        await self._forget(shadow, whole=True)
+        number = status & ~_CORE_DUMPED & 0x7F
+        if number == 0:
+            await self.call(shadow, (Sys.EXIT_GROUP, status >> 8 & 0xFF))
+        elif number == signal.SIGKILL:
+            await self._shadows.kill(shadow, number)
+        else:
+            at = shadow.task.virtual
+            async with shadow.lock:
+                self._agent.put(shadow.task, 0, bytes(_SIGACTION_SIZE + 8))  # SIG_DFL, and no signal blocked
+                calls = [
+                    (Sys.RT_SIGACTION, number, at(0), 0, 8),
+                    (Sys.TKILL, shadow.task.pid, number),
+                    (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(_SIGACTION_SIZE), 0, 8),
+                    (Sys.EXIT_GROUP, 128 + number),
+                ]
+                await self._pump.call(shadow.task, calls)
+
+    async def give_up(self, shadow: Mirrored) -> None:
+        """End a shadow that does not answer."""
+        await self._forget(shadow, whole=True)
+        await self._shadows.kill(shadow, signal.SIGKILL)
+
+    async def _forget(self, shadow: Mirrored, *, whole: bool) -> None:
+        """Nothing more is asked of a shadow, or (`whole`) its process; files that only it has open go over to init."""
+        if whole and shadow.descriptors:
+            await self._shadows.inherit(shadow)
+        for thread in self.group(shadow.tgid) if whole else [shadow]:
+            self._shadows.remove(thread)
+
+    async def _follow(self, shadow: Mirrored) -> None:
+        """Wait for the end of a process; most have told of it before."""
+        try:
+            fd = os.pidfd_open(shadow.tid)
+        except OSError:
+            self._died(shadow, signal.SIGKILL)
+            return
+        try:
+            await trio.lowlevel.wait_readable(fd)
+        finally:
+            os.close(fd)
+        if not shadow.task.dead:
+            self._died(shadow, read_exit_status(shadow.tid))
+
+    # ---- signals
+
+    async def signal(self, shadow: Mirrored, number: int, arguments: Sequence[int]) -> None:
+        """kill(2), tkill(2) or tgkill(2), as far as they reach mirrored processes."""
+        await self.settle(shadow)
+        *_, target, which = arguments[: 3 if number == Sys.TGKILL else 2]
+        if which == signal.SIGSTOP or target == -1:
+            return
+        if target > 0 and self.find(target) is None:
+            return
+        if target <= 0 and which == signal.SIGKILL:
+            return  # each that it ends tells by its end
+        await self.call(shadow, (number, *arguments))
+
+    # ---- sleeps
+
+    async def sleep(self, record: Sleep) -> None:
+        """nanosleep(2) or clock_nanosleep(2): begin it."""
+        shadow = self.find(record.tid)
+        if shadow is None:
+            return
+        await self.settle(shadow)
+        async with shadow.lock:
+            self._agent.put(shadow.task, 0, struct.pack("<qq", *divmod(record.duration, 10**9)))
+            at = shadow.task.virtual(0)
+            call = (Sys.NANOSLEEP, at, 0) if record.clock is None else (Sys.CLOCK_NANOSLEEP, record.clock, 0, at, 0)
+            shadow.sleep = self._pump.begin(shadow.task, [call])
+            shadow.until = time.monotonic() + record.duration / 1e9
+
+    async def settle(self, shadow: Mirrored) -> None:
+        """Return when a shadow's sleep is over, which its thread's is."""
+        if shadow.sleep is None:
+            return
+        late = shadow.until - time.monotonic() + _OVERSLEEP
+        if late < 2 * _OVERSLEEP and not shadow.sleep.done:  # else it was interrupted
+            with trio.move_on_after(float("inf") if self._pump.deterministic else max(late, 0)):
+                await self._pump.finish(shadow.sleep)
+        await self._interrupt(shadow)
+
+    async def _interrupt(self, shadow: Mirrored) -> None:
+        request, shadow.sleep = shadow.sleep, None
+        if request is None or request.done:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._shadows.keep_interrupting, shadow)
+            with suppress(OSError):  # the guest is dead
+                await self._pump.finish(request)
+            nursery.cancel_scope.cancel()
+
+
+def read_exit_status(pid: int) -> int:
+    """Return how a process ended, as wait(2) has it; as by SIGKILL when that cannot be known any more."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return int(fields[-1]) if fields[0] == b"Z" else int(signal.SIGKILL)
+    except (OSError, ValueError, IndexError):
+        return int(signal.SIGKILL)

@@ -1,0 +1,343 @@
+"""The process that is told of each call: notes what is needed to make it in the guest, lets it go on, passes it on.
+
+It never waits for the guest, but for room in the socket to the daemon when that falls behind. What it reads of a
+process was put there by that process: it is looked at with bounds, and used only if the call still waits afterwards.
+When the daemon is gone it goes on letting calls go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from fakefs.mirror.calls import BY_NUMBER, Call
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.records import (
+    PACKET_MAX,
+    Birth,
+    Exit,
+    Files,
+    Name,
+    PathArgument,
+    Plain,
+    Program,
+    Record,
+    Sleep,
+    encode,
+)
+from fakefs.mirror.seccomp import Listener, Notification, read_memory, read_string
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
+_TIMER_ABSTIME = 1
+_OPEN_HOW = struct.Struct("<QQQ")
+_TIMESPEC = struct.Struct("<qq")
+_CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
+_ARGV_MAX, _ARGUMENT_MAX = 16, 256
+_GENERATIONS = 64
+
+
+class Thread(NamedTuple):
+    """What is known of a thread of the host's."""
+
+    tgid: int
+    parent: int
+
+
+class Recorder:
+    """Reads `listener`, and sends records through `daemon`, a socket of packets.
+
+    `outside` is the process that is the parent of the first one that is mirrored. `in_flight` is told the id of the
+    notification that is being looked at, 0 for none.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        daemon: socket.socket,
+        paths: HostPaths,
+        outside: int,
+        in_flight: Callable[[int], None] = lambda identity: None,
+    ) -> None:
+        self._listener = listener
+        self._daemon: socket.socket | None = daemon
+        self._paths = paths
+        self._outside = outside
+        self._in_flight = in_flight
+        self._threads: dict[int, Thread] = {}
+        self._programs: dict[int, Program] = {}  # what a thread has asked execve(2) for
+        self._special: dict[str, Callable[[Notification, Call], Iterable[Record]]] = {
+            "set_robust_list": self._birth,
+            "execve": self._execve,
+            "execveat": self._execve,
+            "arch_prctl": self._new_image,
+            "exit": self._exit,
+            "exit_group": self._exit,
+            "prctl": self._prctl,
+            "setsid": self._plain,
+            "nanosleep": self._sleep,
+            "clock_nanosleep": self._sleep,
+            "kill": self._plain,
+            "tkill": self._plain,
+            "tgkill": self._plain,
+        }
+
+    def run(self) -> None:
+        """Serve until the listener ends."""
+        while True:
+            try:
+                notification = self._listener.receive()
+            except InterruptedError:
+                continue
+            except OSError:
+                return
+            if notification is None:
+                continue
+            self._in_flight(notification.id)
+            try:
+                if self._daemon is not None and notification.tid > 0:
+                    self._note(notification)
+            finally:
+                self._listener.proceed(notification.id)
+                self._in_flight(0)
+
+    def _note(self, notification: Notification) -> None:
+        """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile."""
+        records: list[Record] = []
+        with suppress(OSError, NotMirrored, ValueError):  # gone; not for the guest; refused by the host too
+            for record in self._records(notification):
+                records.append(record)  # those before an error are wanted
+        if self._listener.is_valid(notification.id):
+            for record in records:
+                self._send(record)
+
+    def _send(self, record: Record) -> None:
+        packet = encode(record)
+        if self._daemon is None or len(packet) > PACKET_MAX:
+            return
+        try:
+            self._daemon.send(packet)
+        except OSError:
+            self._daemon = None
+            return
+        match record:
+            case Files(paths=paths):
+                for path in paths:
+                    self._paths.tell(path.entries)
+            case Program(file=file):
+                self._paths.tell(file.entries)
+
+    # ---- threads
+
+    def _records(self, notification: Notification) -> Iterator[Record]:
+        call = BY_NUMBER[notification.number]
+        if notification.tid not in self._threads:
+            yield from self._births(notification.tid)
+        special = self._special.get(call.name)
+        if special is not None:
+            yield from special(notification, call)
+        else:
+            yield from self._files(notification, call)
+
+    def _births(self, tid: int) -> Iterator[Birth]:
+        """The birth of a thread, after those of its ancestors that were not seen either."""
+        found: list[Birth] = []
+        while tid not in self._threads and tid not in (0, self._outside) and len(found) < _GENERATIONS:
+            birth = read_birth(tid)
+            if birth is None:
+                break
+            found.append(birth)
+            tid = birth.parent
+        for birth in reversed(found):
+            self._threads[birth.tid] = Thread(birth.tgid, birth.parent)
+            yield birth
+
+    def _birth(self, notification: Notification, call: Call) -> Iterator[Record]:
+        """A thread's first call: if its number was another's before, that one has been killed."""
+        tid = notification.tid
+        birth, known = read_birth(tid), self._threads.get(tid)
+        if birth is not None and known is not None and known != Thread(birth.tgid, birth.parent):
+            del self._threads[tid]
+            yield from self._births(tid)
+
+    def _execve(self, notification: Notification, call: Call) -> Iterable[Record]:
+        """Asked for, for each directory in PATH: it has become one when it makes its first call."""
+        arguments = notification.arguments
+        at = 1 if call.name == "execveat" else 0
+        text = _text(notification.tid, arguments[at])
+        directory = _signed(arguments[0]) if at else _AT_FDCWD
+        if at and not text and arguments[4] & _AT_EMPTY_PATH:
+            text = os.readlink(f"/proc/{notification.tid}/fd/{directory}")
+        file, _ = self._path(notification.tid, directory, text, follow=True)
+        argv = list(_argv(notification.tid, arguments[at + 1]))
+        self._programs[notification.tid] = Program(notification.tid, file, argv)
+        return ()
+
+    def _new_image(self, notification: Notification, call: Call) -> Iterator[Record]:
+        leader = notification.tid
+        threads = [tid for tid, thread in self._threads.items() if thread.tgid == leader]
+        programs = [self._programs.pop(tid) for tid in threads if tid in self._programs]
+        if programs:
+            for tid in threads:
+                if tid != leader:
+                    del self._threads[tid]
+            yield programs[-1]._replace(tid=leader)
+
+    def _exit(self, notification: Notification, call: Call) -> Iterator[Record]:
+        tid, group = notification.tid, call.name == "exit_group"
+        tgid = self._threads[tid].tgid
+        gone = [each for each, thread in self._threads.items() if thread.tgid == tgid] if group else [tid]
+        for each in gone:
+            yield from self._unseen_children(tgid, each)
+        for each in gone:
+            del self._threads[each]
+            self._programs.pop(each, None)
+        yield Exit(tid, notification.arguments[0] & 0xFF, group)
+
+    def _unseen_children(self, tgid: int, tid: int) -> Iterator[Record]:
+        """Children that were not seen yet: they are about to lose their parent."""
+        with suppress(OSError):
+            with open(f"/proc/{tgid}/task/{tid}/children") as file:
+                children = [int(word) for word in file.read(4096).split()]
+            for child in children:
+                if child not in self._threads:
+                    yield from self._births(child)
+
+    def _prctl(self, notification: Notification, call: Call) -> Iterator[Record]:
+        yield Name(
+            notification.tid, os.fsdecode(read_memory(notification.tid, notification.arguments[1], 16).split(b"\0")[0])
+        )
+
+    def _plain(self, notification: Notification, call: Call) -> Iterator[Record]:
+        yield Plain(notification.tid, call.number, [_signed(each) for each in notification.arguments[:3]])
+
+    def _sleep(self, notification: Notification, call: Call) -> Iterator[Record]:
+        clock, flags, at = None, 0, notification.arguments[0]
+        if call.name == "clock_nanosleep":
+            clock, flags, at = notification.arguments[0], notification.arguments[1], notification.arguments[2]
+        seconds, ns = _TIMESPEC.unpack(read_memory(notification.tid, at, _TIMESPEC.size))
+        duration = seconds * 10**9 + ns
+        if flags & _TIMER_ABSTIME:
+            if clock not in _CLOCKS:
+                return
+            duration -= time.clock_gettime_ns(clock)
+        if 0 <= ns < 10**9 and 0 <= duration < 1 << 62:
+            yield Sleep(notification.tid, clock if clock in _CLOCKS or clock is None else 1, duration)
+
+    # ---- files
+
+    def _files(self, notification: Notification, call: Call) -> Iterator[Record]:
+        arguments: list[int | None] = []
+        paths: list[PathArgument] = []
+        tid, directory, cwd = notification.tid, _AT_FDCWD, ""
+        follow_all = not self._refuses_links(notification, call)
+        number = call.number
+        for letter, value in zip(call.arguments, notification.arguments, strict=False):
+            if letter == "i":
+                arguments.append(_signed(value))
+            elif letter == "D":
+                directory = _signed(value)
+                arguments.append(_AT_FDCWD)
+            elif letter in "PL":
+                path, relative_to = self._path(tid, directory, _text(tid, value), follow=letter == "P" and follow_all)
+                cwd, directory = relative_to or cwd, _AT_FDCWD
+                paths.append(path)
+                arguments.append(None)
+            elif letter == "T":
+                paths.append(PathArgument(_text(tid, value), []))
+                arguments.append(None)
+            elif letter == "F":
+                path, _ = self._path(tid, _AT_FDCWD, _descriptor(tid, _signed(value)), follow=False)
+                paths.append(path)
+                arguments.append(None)
+            elif letter == "H":
+                flags, mode, _ = _OPEN_HOW.unpack(read_memory(tid, value, _OPEN_HOW.size))
+                number = _OPENAT
+                arguments += [flags & 0x7FFFFFFF, mode & 0o7777]
+        for path in paths:
+            for entry in path.entries[-1:]:
+                self._paths.forget(entry.path)
+        yield Files(tid, number, arguments, paths, cwd)
+
+    @staticmethod
+    def _refuses_links(notification: Notification, call: Call) -> bool:
+        arguments = notification.arguments
+        if call.name in ("open", "openat"):
+            flags = arguments[call.arguments.index("i")]
+            return bool(flags & os.O_NOFOLLOW) or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL
+        return call.name == "fchownat" and bool(arguments[4] & _AT_SYMLINK_NOFOLLOW)
+
+    def _path(self, tid: int, directory: int, text: str, *, follow: bool) -> tuple[PathArgument, str]:
+        """Return a path argument, and the working directory if it is relative to that.
+
+        A path that is relative to another directory is made absolute.
+        """
+        cwd = ""
+        if not text:
+            raise NotMirrored
+        if text.startswith("/"):
+            whole = text
+        elif directory == _AT_FDCWD:
+            cwd = os.readlink(f"/proc/{tid}/cwd")
+            whole = f"{cwd}/{text}"
+        else:
+            whole = text = f"{_descriptor(tid, directory)}/{text}"
+        if not whole.startswith("/") or cwd.endswith(" (deleted)"):
+            raise NotMirrored
+        return PathArgument(text, self._paths.look(whole, follow=follow)), cwd
+
+
+_OPENAT = 257
+
+
+def _descriptor(tid: int, fd: int) -> str:
+    """Return the path of an open file of a process."""
+    path = os.readlink(f"/proc/{tid}/fd/{fd}")
+    if not path.startswith("/") or path.endswith(" (deleted)"):
+        raise NotMirrored
+    return path
+
+
+def _text(tid: int, address: int) -> str:
+    text = read_string(tid, address)
+    if text is None:
+        raise NotMirrored
+    return os.fsdecode(text)
+
+
+def _argv(tid: int, address: int) -> Iterator[str]:
+    """Yield the first arguments of a program, cut where they are long."""
+    for index in range(_ARGV_MAX):
+        word = read_memory(tid, address + 8 * index, 8)
+        if len(word) < 8 or word == bytes(8):
+            return
+        yield os.fsdecode(read_memory(tid, int.from_bytes(word, "little"), _ARGUMENT_MAX).split(b"\0")[0])
+
+
+def _signed(value: int) -> int:
+    """Return an int argument, of which the upper half of the register says nothing."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def read_birth(tid: int) -> Birth | None:
+    """Return what /proc says of a thread; None when it has ended."""
+    try:
+        with open(f"/proc/{tid}/status", "rb") as file:
+            text = file.read(4096)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH):
+            raise
+        return None
+    fields = dict(line.split(b":\t", 1) for line in text.split(b"\n") if b":\t" in line)
+    if fields.get(b"State", b"Z")[:1] in b"ZX":
+        return None
+    tgid, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
+    return Birth(tid, tgid, parent if tgid == tid else tgid, os.fsdecode(fields[b"Name"]), int(fields[b"Umask"], 8))

@@ -1,0 +1,123 @@
+"""What the recorder tells the daemon of the host's processes, one packet each, in the order in which it happened.
+
+Paths are texts as os.fsdecode() makes them, so that every name survives. Thread and process ids are those of the PID
+namespace in which both live.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+PACKET_MAX = 1 << 16
+
+
+class Entry(NamedTuple):
+    """What the host has at a path. `mode` 0: nothing. Sizes in bytes; `target` of a symbolic link."""
+
+    path: str
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    target: str = ""
+
+
+class PathArgument(NamedTuple):
+    """A path that a call is given: the text for the guest's call, and what has to be at and above it, top first."""
+
+    text: str
+    entries: list[Entry]
+
+    @property
+    def entry(self) -> Entry:
+        """Of the file itself; of the first directory that is missing if there is one."""
+        return self.entries[-1]
+
+
+class Birth(NamedTuple):
+    """A thread is seen for the first time. Of its group's leader `tgid` is `tid`, and `parent` the parent process."""
+
+    tid: int
+    tgid: int
+    parent: int
+    comm: str
+    umask: int
+
+
+class Program(NamedTuple):
+    """A process became a program: `path` as it was given to execve(2)."""
+
+    tid: int
+    file: PathArgument
+    argv: list[str]
+
+
+class Exit(NamedTuple):
+    """A thread exits, or (`group`) its process does."""
+
+    tid: int
+    status: int
+    group: bool
+
+
+class Name(NamedTuple):
+    """A thread is given a name."""
+
+    tid: int
+    comm: str
+
+
+class Sleep(NamedTuple):
+    """A thread sleeps for some ns. `clock` is None for nanosleep(2)."""
+
+    tid: int
+    clock: int | None
+    duration: int
+
+
+class Plain(NamedTuple):
+    """A call of numbers alone."""
+
+    tid: int
+    number: int
+    arguments: list[int]
+
+
+class Files(NamedTuple):
+    """A call with paths in it. `arguments` has None where the next of `paths` belongs.
+
+    `cwd` is the thread's working directory, if a path is relative to it; `writes` tells that it may change a file.
+    """
+
+    tid: int
+    number: int
+    arguments: list[int | None]
+    paths: list[PathArgument]
+    cwd: str
+
+
+Record = Birth | Program | Exit | Name | Sleep | Plain | Files
+_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Birth, Program, Exit, Name, Sleep, Plain, Files)}
+
+
+def encode(record: Record) -> bytes:
+    """Return a packet."""
+    return json.dumps([type(record).__name__, *record], separators=(",", ":")).encode()
+
+
+def decode(packet: bytes) -> Record:
+    """Return what `encode()` was given. The other end is a process of ours: nothing else arrives."""
+    kind, *values = json.loads(packet)
+    if kind == "Program":
+        values[1] = _path(values[1])
+    elif kind == "Files":
+        values[3] = [_path(path) for path in values[3]]
+    return _KINDS[kind](*values)
+
+
+def _path(value: list[object]) -> PathArgument:
+    text, entries = value
+    assert isinstance(text, str)
+    assert isinstance(entries, list)
+    return PathArgument(text, [Entry(*entry) for entry in entries])

@@ -1,0 +1,185 @@
+"""Mirroring: what a script does outside tracefs is traced too, and the script does not notice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fakefs.records import Record, parse
+from tests.mounted import FAKEFS
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+_SETUP = """
+    cd /sys/kernel/tracing
+    on() { for event; do echo 1 > events/$event/enable; done; }
+"""
+_SHOW = """
+    echo 0 > /sys/kernel/tracing/tracing_on
+    grep -v '^#' /sys/kernel/tracing/trace
+"""
+
+
+@pytest.fixture
+def run(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Run:
+    """Run a bash script by `fakefs run`, in a directory of its own."""
+
+    def run_script(script: str, mirror: str = "files", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        argv = [*FAKEFS, "run", "--kernel", str(kernel_path), "--mirror", mirror, "--", "bash", "-c", script]
+        return subprocess.run(
+            argv,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=timeout,
+            check=False,
+        )
+
+    return run_script
+
+
+def hits(done: subprocess.CompletedProcess[str]) -> list[Record]:
+    """The trace a script has shown."""
+    assert (done.stderr, done.returncode) == ("", 0)
+    return [hit for hit in parse(done.stdout) if hit.event]
+
+
+def test_processes(run: Run) -> None:
+    """Fork, exec, exit, signals and sleeps, by their names and ids."""
+    done = run(
+        _SETUP
+        + """
+        echo 'p:slept do_nanosleep' > kprobe_events
+        on sched/sched_process_fork sched/sched_process_exec sched/sched_process_exit
+        on signal/signal_generate kprobes/slept
+        /bin/true
+        ( exit 3 )
+        sleep 0.01 &
+        wait
+        sleep 1000 &
+        until read -r _ name state _ < /proc/$!/stat && [ "$name $state" = "(sleep) S" ]; do :; done
+        kill -TERM $!; wait $!
+        """
+        + _SHOW,
+        "process",
+    )
+    seen = hits(done)
+    shell = next(hit.pid for hit in seen if hit.event == "sched_process_fork")
+    children = [hit.fields["child_pid"] for hit in seen if hit.event == "sched_process_fork"][:4]
+    assert all(hit.pid == shell and hit.task == "bash" for hit in seen if hit.event == "sched_process_fork")
+    executed = [(hit.pid, hit.task, hit.fields["filename"]) for hit in seen if hit.event == "sched_process_exec"][:3]
+    true, subshell, sleep, killed = children
+    assert executed == [(true, "true", "/bin/true"), *((pid, "sleep", "/usr/bin/sleep") for pid in (sleep, killed))]
+    ended = [(hit.task, hit.pid) for hit in seen if hit.event == "sched_process_exit"][:4]
+    assert ended == [("true", true), ("bash", subshell), ("sleep", sleep), ("sleep", killed)]
+    slept = [(hit.task, hit.pid) for hit in seen if hit.event == "slept"]
+    assert slept == [("sleep", sleep), ("sleep", killed)]
+    signals = [hit for hit in seen if hit.event == "signal_generate" and hit.pid == shell]
+    assert [(hit.fields["sig"], hit.fields["comm"], hit.fields["pid"]) for hit in signals] == [(15, "sleep", killed)]
+
+
+def test_files_by_their_names(run: Run) -> None:
+    """Probes see the host's names, types and order; the files are the host's alone."""
+    done = run(
+        _SETUP
+        + """
+        cd "$OLDPWD"
+        T=/sys/kernel/tracing
+        echo 'p:trunc do_truncate name=+0(+0x28($arg2)):string' > $T/kprobe_events || exit
+        echo 'p:made vfs_mkdir' >> $T/kprobe_events
+        echo 'p:gone vfs_unlink' >> $T/kprobe_events
+        echo 'p:moved vfs_rename' >> $T/kprobe_events
+        echo 1 > $T/events/kprobes/enable
+        echo one > hoge; echo two > hoge; mkdir dir; mv hoge dir/fuga; rm dir/fuga; rmdir dir
+        """
+        + _SHOW
+    )
+    seen = [hit for hit in hits(done) if hit.func != "handle_truncate"]
+    mine = [(hit.event, hit.task) for hit in seen if hit.task != "init"]
+    assert [each for each in mine if each[0] != "trunc"] == [("made", "mkdir"), ("moved", "mv"), ("gone", "rm")]
+    assert ("trunc", "bash") in mine
+
+
+def test_a_script_is_the_same_with_it_and_without(run: Run, tmp_path: Path) -> None:
+    script = """
+        exec 2>&1
+        mkdir -p a/b; cd a/b; umask 027
+        for i in 1 2 3; do echo "line $i" >> "file $i"; done
+        cat > here <<END
+here $((1 + 2))
+END
+        ln -s here link; ln here hard; chmod 600 here; stat -c '%A %h %n' here link hard 'file 1'
+        mkfifo fifo; (echo through > fifo &); cat fifo
+        tar cf - . | tar tf - | sort
+        ( trap 'echo trapped' TERM; kill -TERM $BASHPID; echo after )
+        sleep 100 & kill -9 $!; wait $!; echo "status $?"
+        sh -c 'exit 7'; echo "status $?"
+        sh -c 'kill -SEGV $$'; echo "status $?"
+        nosuchcommand; echo "status $?"
+        cat nothing; > /nowhere/file; rm nothing; mv nothing other; echo "status $?"
+        find . -type f | xargs -n1 basename | sort | tr '\\n' ' '; echo
+        printf 'x' > $'bad\\xff\\nname'; ls -b; rm $'bad\\xff\\nname'
+        ln -s loop loop; cat loop; dd if=/dev/zero of=big bs=1M count=3 status=none; truncate -s 1G sparse
+        stat -c %s big sparse
+        python3 -c 'import threading; threading.Thread(target=print, args=(1,)).start()'
+        mkdir gone; cd gone; rmdir ../gone; echo still > here; pwd; cd ../..; rm -r b; ls
+        exit 5
+    """
+    results = []
+    for mirror in ("off", "process", "files"):
+        done = run(script, mirror)
+        assert done.returncode == 5
+        results.append(re.sub(r" \d+ (Killed|Terminated|Segmentation)", r" PID \1", done.stdout))
+        subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)
+    assert results[0].count("status") == 5
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+
+
+def test_pid_filters_follow_children(run: Run) -> None:
+    done = run(
+        _SETUP
+        + """
+        echo 1 > options/event-fork
+        echo $$ > set_event_pid
+        on sched/sched_process_exec
+        ( /bin/true; )
+        sh -c 'ls / > /dev/null; exit'
+        """
+        + _SHOW
+    )
+    seen = {hit.fields["filename"] for hit in hits(done)}
+    assert {"/bin/true", "/usr/bin/sh", "/usr/bin/ls"} <= seen
+
+
+def test_nothing_is_left_of_many_processes(run: Run) -> None:
+    done = run(
+        """
+        for i in $(seq 100); do /bin/true & done; wait
+        cat /sys/kernel/tracing/tracing_on > /dev/null
+        fakefs() { "$PYTHON" -m fakefs.cli "$@"; }
+        fakefs status | grep -o '"slots": [0-9]*'
+        """.replace("$PYTHON", os.fspath(FAKEFS[0]))
+    )
+    assert done.stderr == ""
+    assert int(done.stdout.split()[1]) < 12
+
+
+def test_the_recorders_death_harms_nobody(run: Run) -> None:
+    done = run(
+        """
+        recorder=$(grep -l fakefs /proc/[0-9]*/cmdline | cut -d/ -f3 | sort -n | tail -1)
+        for pid in $(ls /proc | grep '^[0-9]*$'); do
+            [ "$(cut -d' ' -f4 /proc/$pid/stat 2>/dev/null)" = 1 ] && [ $pid != $$ ] && last=$pid
+        done
+        kill -9 $last; sleep 0.1; echo text > file; cat file; /bin/true && echo fine
+        """
+    )
+    assert done.stdout == "text\nfine\n"
+    assert done.stderr == "fakefs: what follows is not mirrored: the process that records it is gone\n"

@@ -1,0 +1,120 @@
+"""Paths of mirrored calls: what is told of the host's files, and what is known of the guest's."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.records import (
+    Birth,
+    Entry,
+    Exit,
+    Files,
+    Name,
+    PathArgument,
+    Plain,
+    Program,
+    Record,
+    Sleep,
+    decode,
+    encode,
+)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Iterator[HostPaths]:
+    """The files below `tmp_path`, as if that were the root directory."""
+    root = os.open(tmp_path, os.O_PATH)
+    yield HostPaths(root, 0)
+    os.close(root)
+
+
+def told(entries: list[Entry]) -> list[tuple[str, str]]:
+    """Paths and kinds of files."""
+    kinds = {0: "none", stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "link", stat.S_IFIFO: "fifo"}
+    return [(entry.path, kinds[stat.S_IFMT(entry.mode)]) for entry in entries]
+
+
+def test_directories_are_told_once(paths: HostPaths, tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/file").write_text("text")
+    first = paths.look("/a//./b/file", follow=True)
+    assert told(first) == [("/a", "dir"), ("/a/b", "dir"), ("/a/b/file", "file")]
+    assert paths.look("/a/../a/b/../b/file", follow=True)[-1] == first[-1]
+    assert first[-1].size == 4
+    assert paths.look("/a/b/file", follow=True) == first  # nobody was told
+    paths.tell(first)
+    assert told(paths.look("/a/b/file", follow=True)) == [("/a/b/file", "file")]
+    assert told(paths.look("/a/b/none", follow=True)) == [("/a/b/none", "none")]
+    assert told(paths.look("/a/b/file/", follow=True)) == [("/a/b/file", "file")]
+    paths.forget("/a")
+    assert told(paths.look("/a/b/file", follow=True)) == told(first)
+
+
+def test_links(paths: HostPaths, tmp_path: Path) -> None:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/cat").touch()
+    (tmp_path / "bin").symlink_to("usr/bin")
+    (tmp_path / "absolute").symlink_to("/bin/cat")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere/file")
+    expected = [("/bin", "link"), ("/usr", "dir"), ("/usr/bin", "dir"), ("/usr/bin/cat", "file")]
+    found = paths.look("/bin/cat", follow=True)
+    assert told(found) == expected
+    assert found[0].target == "usr/bin"
+    assert told(paths.look("/absolute", follow=False)) == [("/absolute", "link")]
+    assert told(paths.look("/absolute", follow=True)) == [("/absolute", "link"), *expected]
+    assert told(paths.look("/dangling", follow=True)) == [("/dangling", "link"), ("/nowhere", "none")]
+    with pytest.raises(NotMirrored):
+        paths.look("/loop", follow=True)
+    assert told(paths.look("/loop", follow=False)) == [("/loop", "link")]
+
+
+def test_what_is_not_for_the_guest(paths: HostPaths, tmp_path: Path) -> None:
+    (tmp_path / "dev/pts").mkdir(parents=True)
+    (tmp_path / "dev/shm").mkdir()
+    for path in ("/proc", "/proc/1/mem", "/sys/kernel/tracing/trace", "/dev/mem", "/dev/pts/0", "/dev/shm/x"):
+        with pytest.raises(NotMirrored):
+            paths.look(path, follow=True)
+    (tmp_path / "fd").symlink_to("/proc/self/fd")
+    with pytest.raises(NotMirrored):
+        paths.look("/fd/1", follow=True)
+    here = os.open(tmp_path, os.O_PATH)
+    with pytest.raises(NotMirrored):  # in the guest's files, mounted somewhere
+        HostPaths(here, tmp_path.stat().st_dev).look("/dev", follow=True)
+    os.close(here)
+    os.mkfifo(tmp_path / "fifo")
+    assert told(paths.look("/fifo", follow=True)) == [("/fifo", "fifo")]
+
+
+def test_names_of_any_bytes(paths: HostPaths, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff\xfe new\nline")
+    (tmp_path / name).touch()
+    assert told(paths.look("/" + name, follow=True)) == [("/" + name, "file")]
+
+
+_TEXT = st.binary(max_size=40).map(os.fsdecode)
+_INT = st.integers(-(1 << 31), (1 << 63) - 1)
+_ENTRY = st.builds(Entry, _TEXT, _INT, _INT, _INT, _INT, _TEXT)
+_PATH = st.builds(PathArgument, _TEXT, st.lists(_ENTRY, max_size=3))
+_RECORD = st.one_of(
+    st.builds(Birth, _INT, _INT, _INT, _TEXT, _INT),
+    st.builds(Program, _INT, _PATH, st.lists(_TEXT)),
+    st.builds(Exit, _INT, _INT, st.booleans()),
+    st.builds(Name, _INT, _TEXT),
+    st.builds(Sleep, _INT, st.none() | _INT, _INT),
+    st.builds(Plain, _INT, _INT, st.lists(_INT, max_size=3)),
+    st.builds(Files, _INT, _INT, st.lists(st.none() | _INT, max_size=6), st.lists(_PATH, max_size=2), _TEXT),
+)
+
+
+@given(_RECORD)
+def test_records_arrive_as_they_were_sent(record: Record) -> None:
+    assert decode(encode(record)) == record
