@@ -13,7 +13,8 @@ PYTEST := $(BIN)/pytest
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv busybox-static cpio
 NATIVE := $(wildcard emulator/native/*.[ch] emulator/guest/*.[ch] fakefs/fuse/*.[ch])
 
-.PHONY: help setup kernel run test test-unit test-native soak bench clients ftracetest lint clean distclean
+.PHONY: help setup kernel run test test-unit test-native soak bench clients ftracetest lint docs man reference clean \
+	distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -123,6 +124,29 @@ clients: setup kernel ## real clients in the view of `fakefs run`; installs thei
 
 ftracetest: setup kernel ## the kernel's own tests in it; writes tests/clients/ftracetest.tsv
 	@tests/clients/ftracetest.sh
+
+docs: build/docs.stamp ## the user guide, build/docs/index.html; warnings are errors
+	@$(BIN)/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
+	echo "build/docs/index.html"
+
+build/docs.stamp: pyproject.toml | build/installed.stamp
+	@echo "docs: what the user guide needs"
+	read='import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+	print(*project["optional-dependencies"]["docs"], sep="\n")'
+	$(BIN)/python -c "$$read" >build/docs-requirements.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -r build/docs-requirements.txt >build/pip.log 2>&1 || {
+		cat build/pip.log >&2
+		echo "docs: pip could not install what the user guide needs: see above" >&2
+		exit 1
+	}
+	touch $@
+
+man: setup ## man pages, in build/man
+	@$(BIN)/python docs/manual.py man build/man
+	echo "man -l build/man/fakefs.1"
+
+reference: setup ## docs/commands.md anew, after a change to the command line
+	@$(BIN)/python docs/manual.py markdown docs/commands.md
 
 clean: ## remove everything built, but for .venv
 	@rm -rf build dist ./*.egg-info emulator/_core*.so fakefs/fuse/_shim*.so emulator/guest/agent emulator/guest/stub

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CORE = ["core", "watch", "operand", "redirect", "smc", "plt"]
+CORE = ["core", "watch", "watch_hits", "watch_table", "paging", "operand", "redirect", "smc", "plt"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 LIBRARY = ["-O2", "-g", "-fPIC", "-shared", "-Wl,-z,relro,-z,now"]
 FREESTANDING = [
@@ -105,4 +106,7 @@ class BuildNative(build_ext):
             unfinished.unlink(missing_ok=True)
 
 
-setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative})
+# Man pages are installed where `make man` has made them before.
+MAN_PAGES = ("share/man/man1", sorted(glob("build/man/*.1")))
+
+setup(ext_modules=NATIVE, cmdclass={"build_ext": BuildNative}, data_files=[MAN_PAGES])

@@ -120,6 +120,13 @@ class Agent:
         """A kernel virtual address, divisible by 8, that nothing in the guest ever reads or writes."""
         return 0 if self.facts is None else self.facts.direct_map + self._page + PAGE - 8
 
+    def place(self, data: bytes) -> int:
+        """Write up to 120 bytes where the guest can read them and never does; return their kernel virtual address."""
+        assert self.facts is not None
+        assert len(data) <= _WORK_SIZE - 8
+        self.machine.memory.write(self._page + PAGE - _WORK_SIZE, data)
+        return self.facts.direct_map + self._page + PAGE - _WORK_SIZE
+
     # ---- slots
 
     def new_task(self) -> Task:
@@ -292,7 +299,7 @@ class Agent:
 
     def _free_work(self, facts: WakeFacts) -> int | None:
         """Return the physical address of an irq_work that is in no list: its busy flags are clear."""
-        for work in range(self._page, self._page + PAGE, _WORK_SIZE):
+        for work in range(self._page, self._page + PAGE - _WORK_SIZE, _WORK_SIZE):  # the last is `place()`'s
             if not self.machine.memory.read_u32(work + facts.work_flags) & 3:
                 return work
         return None

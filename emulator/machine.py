@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 from emulator.acpi import LAPIC_ADDRESS
@@ -108,6 +109,8 @@ class Machine:
         self.bus = PortBus((self.pic, self.pit, self.uart, self.rtc, self.port61, _ResetPort()))
         self.on_watch: Callable[[], None] | None = None  # called behind an instruction that hit host watchpoints
         self._traps: dict[int, list[Trap]] = {}
+        self._alarms: list[tuple[int, int, Callable[[], None]]] = []  # a heap: when, in what order set, what to call
+        self._alarms_set = 0
         self._deadline = 0
         self._blocked_since: int | None = None
         self._end_after_panic: int | None = None
@@ -154,19 +157,28 @@ class Machine:
             self.cpu.shorten(event)
 
     def next_event(self) -> int | None:
-        """Return the virtual time of the next timer event, ns; None when no timer runs."""
+        """Return the virtual time of the next timer event or alarm, ns; None when there is none."""
         events = [event for event in (self.pit.next_event(), self.lapic.next_event()) if event is not None]
+        if self._alarms:
+            events.append(self._alarms[0][0])
         return min(events, default=None)
+
+    def alarm(self, at_ns: int, call: Callable[[], None]) -> None:
+        """Call `call` once at a virtual time, between two instructions of the guest. Not from a device callback."""
+        heappush(self._alarms, (at_ns, self._alarms_set, call))
+        self._alarms_set += 1
 
     def interrupt_pending(self) -> bool:
         """Is there an interrupt the CPU would get if it took them?"""
         return self.lapic.pending() is not None or (self.lapic.accepts_extint and self.pic.pending())
 
     def advance(self) -> None:
-        """Let the devices do what is due at the CPU's present time."""
+        """Let the devices do, and alarms call, what is due at the CPU's present time."""
         now = self.cpu.now
         self.pit.advance(now)
         self.lapic.advance(now)
+        while self._alarms and self._alarms[0][0] <= now:
+            heappop(self._alarms)[2]()
 
     def _acknowledge(self) -> int:
         if self.lapic.pending() is not None:

@@ -75,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
         "fakefs mount /tmp/tracing\n"
         "fakefs mount --kernel ~/linux/vmlinux --memory 256M /tmp/tracing\n"
         "fakefs mount --root /sys/kernel/debug /tmp/debug\n"
-        "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing",
+        "fakefs mount -o gid=1000 --deterministic --foreground /tmp/tracing\n"
+        "fakefs mount -o remount,gid=1001,mode=750 /tmp/tracing",
     )
     mount.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
     _add_guest_options(mount)
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         default="/sys/kernel/tracing",
         help="the guest's directory to show, default: %(default)s",
     )
-    mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="mount options: uid=, gid=, mode=, ro")
+    mount.add_argument("-o", dest="options", metavar="OPTIONS", default="", help="uid=, gid=, mode=, ro; remount")
     mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
     mount.set_defaults(run=_mount)
 
@@ -179,6 +180,11 @@ def _size(text: str) -> int:
 
 
 def _mount(arguments: argparse.Namespace) -> int:
+    if "remount" in arguments.options.split(","):
+        from fakefs import client
+
+        client.ask(client.find_mount(arguments.directory), {"do": "remount", "options": arguments.options})
+        return 0
     from fakefs.mounting import Order, mount
 
     mount(

@@ -17,6 +17,7 @@ import trio
 from fakefs import runtime
 from fakefs.errors import UserError, first_of
 from fakefs.frames import ERROR, FRAME, FRAME_MAX, STDOUT
+from fakefs.fuse.options import MountOptions
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
 
@@ -88,11 +89,14 @@ class Connection:
 class Control:
     """The daemon's end."""
 
-    def __init__(self, mountpoint: Path, pump: Pump, shadows: Shadows, files: GuestFiles) -> None:
+    def __init__(
+        self, mountpoint: Path, pump: Pump, shadows: Shadows, files: GuestFiles, filesystem: bytes
+    ) -> None:
         self._path = runtime.socket_path(mountpoint)
         self._pump = pump
         self._shadows = shadows
         self._files = files
+        self._filesystem = filesystem
 
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:
         """Listen until cancelled."""
@@ -134,6 +138,8 @@ class Control:
                     await run_program(self._pump, self._shadows, [*map(str, argv)], _texts(env), connection)
                 finally:
                     self._files.forget_attributes()
+            case {"do": "remount", "options": str() as options}:
+                await self._remount(options, connection)
             case {"do": "insmod", "name": str(name), "parameters": str(parameters)}:
                 await self._change_modules(connection, name, parameters)
             case {"do": "rmmod", "name": str(name)}:
@@ -157,6 +163,13 @@ class Control:
             await connection.send(ERROR, b"the guest is dead: fakefs console")
         finally:
             self._files.forget_attributes()
+
+    async def _remount(self, options: str, connection: Connection) -> None:
+        try:
+            if wanted := MountOptions.parse(options).for_guest():
+                await self._files.remount(self._filesystem, wanted)
+        except (UserError, OSError) as error:
+            await connection.send(ERROR, str(error).encode())
 
     def _status(self) -> dict[str, Any]:
         return {

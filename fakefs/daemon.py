@@ -27,6 +27,7 @@ from fakefs.static import TRACEFS, StaticPaths
 from fakefs.syscalls import Sys
 from fakefs.wprobe.carrier import CarrierFacts, Carriers
 from fakefs.wprobe.files import WprobeFiles
+from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.table import Table, TableFacts
 
 
@@ -41,6 +42,11 @@ class Service:
     options: MountOptions = field(default_factory=MountOptions)
     private: bool = False  # in a mount namespace of its own, with which the mount ends
     records: socket.socket | None = None  # from the recorder of processes that are mirrored
+
+    @property
+    def filesystem(self) -> bytes:
+        """The directory of the guest whose filesystem takes mount options: of the guest as a whole, its tracefs."""
+        return TRACEFS if self.root == b"/" else self.root
 
 
 def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
@@ -60,10 +66,12 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
         files = _files(guest, service, shadows, nursery)
-        control = Control(service.mountpoint, pump, shadows, files)
+        control = Control(service.mountpoint, pump, shadows, files, service.filesystem)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
             await set_clock(shadows)
+        if wanted := service.options.for_guest():
+            await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         if service.records is not None:
@@ -100,7 +108,9 @@ def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nurse
         return GuestFiles(shadows, nursery, is_static)
     try:
         carriers = Carriers(guest, CarrierFacts.from_json(noted(guest, "carrier")))
-        table = Table(guest, TableFacts.from_json(noted(guest, "table")), carriers, strict=service.wprobe == "strict")
+        facts = TableFacts.from_json(noted(guest, "table"))
+        forbidden = OffLimits(guest, noted(guest, "off_limits"))
+        table = Table(guest, facts, carriers, forbidden, strict=service.wprobe == "strict")
     except EmulatorError as error:
         print(f"fakefs: no wprobes: {error}", file=sys.stderr, flush=True)
         return GuestFiles(shadows, nursery, is_static)

@@ -30,7 +30,7 @@ class Stat:
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
-    lasting: bool = False  # the name stays, and only requests through this mount change its attributes
+    lasting: bool = False  # the name stays, and its attributes until a request through this mount or `watch_attributes`
 
 
 class Interrupt(Protocol):
@@ -49,6 +49,9 @@ class OpenFile(Protocol):
 
 class Files(Protocol):
     """The guest's files. Paths are absolute guest paths; every method raises OSError with the guest's errno."""
+
+    def watch_attributes(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called when lasting attributes may have changed by something else than a request."""
 
     async def stat(self, path: bytes) -> Stat: ...
     async def entries(self, caller: Caller, path: bytes) -> list[tuple[bytes, Stat]]: ...

@@ -269,7 +269,6 @@ def _redirect(descriptor: int, path: str | Path, flags: int) -> None:
 def _daemon(guest: Guest, directory: Path, log: Path, order: Order, told: int) -> NoReturn:
     """Serve a guest until its directory is unmounted."""
     from fakefs import daemon
-    from fakefs.fuse.options import MountOptions
 
     status = 1
 
@@ -282,11 +281,9 @@ def _daemon(guest: Guest, directory: Path, log: Path, order: Order, told: int) -
         _redirect(0, os.devnull, os.O_RDONLY)  # the server's socket, too, is not ours
         _redirect(1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(1, 2)
-        user = os.geteuid()
-        options = MountOptions() if user == 0 else MountOptions(uid=user, gid=os.getegid())
         root = os.fsencode(order.root)
         # `private`: no fusermount3 that watches over us; the server does.
-        service = daemon.Service(directory, root, order.deterministic, order.wprobe, options, private=True)
+        service = daemon.Service(directory, root, order.deterministic, order.wprobe, private=True)
         daemon.run(guest, service, ready)
         status = 0
     except BaseException as error:

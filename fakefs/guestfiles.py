@@ -15,7 +15,10 @@ from dataclasses import replace
 import trio
 
 from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call
+from fakefs.errors import UserError
 from fakefs.files import Caller, Interrupt, OpenFile, Stat
+from fakefs.hostfiles.bring import HostFiles
+from fakefs.hostfiles.definitions import takes_uprobes
 from fakefs.shadow import Handle, Shadow, Shadows
 from fakefs.static import TRACEFS
 from fakefs.syscalls import Sys
@@ -31,6 +34,7 @@ _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_REMOVEDIR = 0x200
 _F_SETFL = 4
+_MS_REMOUNT = 32
 _STATX_BASIC = 0x7FF
 _STATX = struct.Struct("<IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxx")
 _STATX_SIZE = 256
@@ -103,12 +107,19 @@ class GuestFiles:
         self._agent = shadows.pump.agent
         self._nursery = nursery
         self._is_static = is_static
+        self.host_files = HostFiles(shadows)
         self._kept: dict[bytes, Stat] = {}
         self._seekable: dict[bytes, bool] = {}
+        self._attributes_changed: Callable[[], None] = lambda: None
+
+    def watch_attributes(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called by forget_attributes()."""
+        self._attributes_changed = changed
 
     def forget_attributes(self) -> None:
         """Forget what is kept of attributes: something other than this mount may have changed them."""
         self._kept.clear()
+        self._attributes_changed()
 
     def _seen(self, path: bytes, stat: Stat) -> Stat:
         """Keep the attributes of what stays, and mark them as lasting."""
@@ -178,6 +189,22 @@ class GuestFiles:
             for index, (name, result) in enumerate(zip(names, results, strict=True))
             if result == 0
         ]
+
+    async def remount(self, directory: bytes, options: str) -> None:
+        """mount(2) with MS_REMOUNT: have the filesystem on `directory` take `options`, "gid=5,mode=750".
+
+        Raises UserError when the guest refuses.
+        """
+        init = self._shadows.init
+        async with init.lock:
+            self._agent.put(init.task, _PATH, directory + b"\0")
+            self._agent.put(init.task, _PATH_2, options.encode() + b"\0")
+            at = init.task.virtual
+            call = (Sys.MOUNT, at(_PATH), at(_PATH), at(_PATH), _MS_REMOUNT, at(_PATH_2))
+            [result] = await self._pump.call(init.task, [call])
+        if result < 0:
+            raise UserError(f"mount options {options}: the guest says {os.strerror(-result)}")
+        self.forget_attributes()
 
     async def readlink(self, path: bytes) -> bytes:
         """readlink(2)."""
@@ -253,6 +280,12 @@ class GuestFiles:
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         """write(2) by the caller's shadow; what does not fit a slot goes in pieces that end at line ends."""
         assert isinstance(file, GuestFile)
+        if takes_uprobes(file.path):
+            async with self.host_files.at_hand(caller, data):
+                return await self._write(caller, file, offset, data, flags)
+        return await self._write(caller, file, offset, data, flags)
+
+    async def _write(self, caller: Caller, file: GuestFile, offset: int, data: bytes, flags: int) -> int:
         shadow = await self._shadows.of(caller)
         written = 0
         async with shadow.lock:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,12 +83,6 @@ def _service(order: Order) -> Service:
         raise UserError(f"--root {order.root}: a path in the guest starts with /", exit_status=2)
     root = os.fsencode(os.path.normpath(order.root))
     options = MountOptions.parse(order.options)
-    if user := os.geteuid():  # the guest's root; the host's kernel, which may check permissions, does not know
-        options = replace(
-            options,
-            uid=user if options.uid is None else options.uid,
-            gid=os.getegid() if options.gid is None else options.gid,
-        )
     return Service(order.directory.absolute(), root, order.deterministic, order.wprobe, options)
 
 

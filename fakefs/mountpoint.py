@@ -27,11 +27,27 @@ _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of mountinfo."""
+    """A line of mountinfo. `number` is the mount's own, as in /proc/PID/fdinfo; 0 for none.
+
+    `root` is the directory of the filesystem (`device`, major:minor) that is mounted.
+    """
 
     directory: bytes
     fstype: str
     source: bytes
+    number: int = 0
+    device: bytes = b""
+    root: bytes = b"/"
+    options: bytes = b"rw"
+    super_options: bytes = b"rw"
+
+    def __bytes__(self) -> bytes:
+        """The line of /proc/mounts, as in proc_pid_mounts(5)."""
+        words = [*self.options.split(b","), *self.super_options.split(b",")]
+        read = b"ro" if b"ro" in words else b"rw"
+        options = b",".join([read, *(word for word in words if word not in (b"ro", b"rw"))])
+        fields = (_escape(self.source), _escape(self.directory), self.fstype.encode(), options)
+        return b" ".join(fields) + b" 0 0\n"
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:
@@ -42,8 +58,16 @@ def parse_mountinfo(text: bytes) -> list[Mount]:
         # A varying number of optional fields, ended by "-", lies between the sixth field and the type.
         kind = fields[fields.index(b"-", 6) + 1 :] if b"-" in fields[6:] else []
         if len(kind) >= 2:
-            mounts.append(Mount(_unescape(fields[4]), kind[0].decode("ascii", "replace"), _unescape(kind[1])))
+            number = int(fields[0]) if fields[0].isdigit() else 0
+            directory, source, root = _unescape(fields[4]), _unescape(kind[1]), _unescape(fields[3])
+            options, super_options = fields[5], kind[2] if len(kind) > 2 else b"rw"
+            fstype = kind[0].decode("ascii", "replace")
+            mounts.append(Mount(directory, fstype, source, number, fields[2], root, options, super_options))
     return mounts
+
+
+def _escape(field: bytes) -> bytes:
+    return b"".join(b"\\%03o" % byte if byte in b" \t\n\\" else bytes([byte]) for byte in field)
 
 
 def _unescape(field: bytes) -> bytes:

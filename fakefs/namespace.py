@@ -25,6 +25,7 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 1 << 18
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC, _MOVE_MOUNT_F_EMPTY_PATH = 1, os.O_CLOEXEC, 4
 _ATTR_RDONLY = 1
+_MNT_DETACH = 2
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442  # x86-64
 _PR_SET_PDEATHSIG = 1
 
@@ -173,6 +174,11 @@ def bind_on_link(source: Path, link: Path) -> None:
         )
     finally:
         os.close(tree)
+
+
+def unmount(directory: Path, *, lazy: bool = False) -> None:
+    """Unmount what is on a directory. Raises OSError."""
+    _check(_libc.umount2(os.fsencode(directory), ctypes.c_int(_MNT_DETACH if lazy else 0)), os.fspath(directory))
 
 
 def make_read_only(mountpoint: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from emulator.guest import Guest
 from fakefs.static import static_events
 from fakefs.wprobe.carrier import carrier_facts
+from fakefs.wprobe.off_limits import off_limits
 from fakefs.wprobe.table import table_facts
 
 
@@ -17,6 +18,7 @@ def look(guest: Guest) -> dict[str, Any]:
         "events": static_events(guest),
         "carrier": carrier.to_json() if carrier else None,
         "table": table.to_json() if table else None,
+        "off_limits": off_limits(guest),
     }
 
 

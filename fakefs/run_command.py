@@ -244,13 +244,17 @@ def _tell(fd: int, text: str) -> None:
 
 def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
     """Return the program's wait status. Raises UserError, also when the daemon did not live as long as the program."""
-    from fakefs import mountpoint, namespace
-    from fakefs.view import TRACING
+    from fakefs import mountpoint, namespace, runtime
+    from fakefs.view import TRACING, reopen_directories
 
     directory = os.getcwd()
+    place = errand.mounted or TRACING
+    # What a running mount is reached by, before it is out of sight.
     mounted = errand.mounted and os.open(errand.mounted, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    control = errand.mounted and os.open(runtime.socket_path(errand.mounted), os.O_PATH | os.O_CLOEXEC)
     view.protect(new_pids=new_pids)
     os.environ.setdefault("XDG_RUNTIME_DIR", str(view.private))  # where `fakefs exec` looks for the daemon
+    socket = runtime.socket_path(place)
     daemon = launch = None
     if errand.guest is not None:
         launch = _launch(errand)
@@ -258,13 +262,15 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
         whole = True
         view.show_tracefs(TRACING, whole=True)
     else:
-        assert errand.mounted is not None
-        whole = (errand.mounted / "sys/kernel/tracing/trace_marker").exists()
+        whole = (place / "sys/kernel/tracing/trace_marker").exists()
         view.show_tracefs(Path(f"/proc/self/fd/{mounted}"), whole=whole)
+        socket.touch()
+        namespace.bind(Path(f"/proc/self/fd/{control}"), socket)
 
     def program() -> int:
         namespace.die_with_parent()
-        view.show_guest(whole=whole)
+        view.show_guest(socket, whole=whole)
+        reopen_directories()
         return _execute(errand.argv, directory, launch)
 
     gone = False
@@ -281,7 +287,7 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
     if launch is not None:
         launch.supervise(child, TRACING)
     status = _wait(child, ended)
-    if gone or mountpoint.is_stale(TRACING):
+    if gone or mountpoint.is_stale(view.tracefs):
         raise UserError("the guest's daemon was killed while the program ran")
     return status
 

@@ -27,12 +27,14 @@ class Sys(IntEnum):
     FTRUNCATE = 77
     CHDIR = 80
     UMASK = 95
+    SYSINFO = 99
     SETSID = 112
     SETGROUPS = 116
     SETRESUID = 117
     SETRESGID = 119
     PRCTL = 157
     CHROOT = 161
+    MOUNT = 165
     DELETE_MODULE = 176
     TKILL = 200
     GETDENTS64 = 217

@@ -14,12 +14,17 @@ Not here: namespaces and processes (`fakefs.namespace`, `fakefs.run_command`).
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
+import sys
 from contextlib import suppress
 from pathlib import Path
+from shutil import which
 
 from fakefs import mountpoint, namespace
 from fakefs.errors import UserError
+from fakefs.inside import HELPERS, Inside
 from fakefs.modules import tools
 
 TRACING = Path("/sys/kernel/tracing")
@@ -35,15 +40,28 @@ _GUEST_KERNEL = ("btf", "debug", "mm", "security", "slab")
 
 _GUEST_PROC = ("cpuinfo", "kallsyms", "modules", "version", "sys")
 
-_NO_FLAGS = "rw,nosuid,nodev,noexec,relatime"
-
-_MOUNT_HELPER = """#!/bin/sh
-# mount(8) calls this for -t tracefs: SOURCE DIRECTORY [-sfnv] [-o OPTIONS]
-set -e
-[ "$(stat -f -c %t -- "$2")" = 65735546 ] && [ -e "$2/trace_marker" ] || mount -i --bind '{tracefs}' "$2"
-# Then /proc/mounts, which is a file here, has to say so.
-grep -q "^tracefs $2 " '{mounts}' || echo "tracefs $2 tracefs {flags} 0 0" >>'{mounts}'
+_HELPER = """#!/bin/sh
+exec '{python}' -P -m fakefs.inside '{directory}' '{socket}' "${{0##*/}}" "$@"
 """
+
+_STAND_INS = {
+    # The guest's release and version, wherever uname(1) says the host's.
+    "uname": """#!/bin/sh
+said=$('{real}' "$@") || exit
+for what in r v; do
+	host=$('{real}' -$what)
+	case $what in r) read -r guest </proc/sys/kernel/osrelease ;; v) read -r guest </proc/sys/kernel/version ;; esac
+	case $said in *"$host"*) said=${{said%%"$host"*}}$guest${{said#*"$host"}} ;; esac
+done
+printf '%s\\n' "$said"
+""",
+    # How many processors the guest has; which of the host's a program may use is another matter.
+    "nproc": """#!/bin/sh
+[ "$1" = --all ] && shift
+OMP_NUM_THREADS=$(grep -c '^processor' /proc/cpuinfo) exec '{real}' "$@"
+""",
+}
+"""Programs that ask the host's kernel what in a view the guest is to be asked, and what stands in for them."""
 
 
 class View:
@@ -53,7 +71,8 @@ class View:
         self.private = private
         self.guest = private / "guest"
         """The guest's root directory, unless only its tracefs is shown."""
-        self._mounts = private / "mounts"
+        self.tracefs = private / "tracefs"
+        """The guest's tracefs, mounted for as long as the daemon lives."""
 
     # ---- the outer namespace
 
@@ -75,13 +94,15 @@ class View:
                     namespace.make_read_only(Path("/proc", name))
             namespace.mount("tmpfs", self.private, "mode=700")
             (self.private / "empty").mkdir()
+            (self.private / "nothing").touch()
             self._cover_tracing()
             namespace.mount("tmpfs", _KERNEL, "mode=755")
         except OSError as error:
             raise UserError(f"cannot make a private view of the machine: {error.filename}: {error.strerror}") from None
         for name in ("tracing", *_GUEST_KERNEL):
             (_KERNEL / name).mkdir()
-        self.guest.mkdir()
+        for directory in (self.guest, self.tracefs, self.private / "debugfs"):
+            directory.mkdir()
 
     def _cover_tracing(self) -> None:
         """Cover each tracefs and debugfs that is mounted anywhere; /sys/kernel is covered as a whole."""
@@ -89,21 +110,28 @@ class View:
             mounts = mountpoint.parse_mountinfo(file.read())
         for mounted in mounts:
             if mounted.fstype in namespace.HOST_TRACING.values() and not mounted.directory.startswith(b"/sys/kernel/"):
+                place = Path(os.fsdecode(mounted.directory))
                 with suppress(FileNotFoundError):  # covered already, by what is mounted above it
-                    namespace.bind(self.private / "empty", Path(os.fsdecode(mounted.directory)))
+                    namespace.bind(self.private / ("empty" if place.is_dir() else "nothing"), place)
 
     def show_tracefs(self, mounted: Path, *, whole: bool) -> None:
-        """Put the guest's tracefs in place. `mounted` is where it is, or (`whole`) where the guest's root is."""
+        """Have the guest's tracefs at hand. `mounted` is where it is, or (`whole`) where the guest's root is.
+
+        A mount at TRACING is covered: nothing is there until show_guest(), and after it was unmounted from inside.
+        """
         if whole:
             namespace.bind(mounted, self.guest)
-        namespace.bind(self.guest / "sys/kernel/tracing" if whole else mounted, TRACING)
-        if namespace.HOST_TRACING.get(_magic(TRACING)):
+            namespace.bind(self.guest / "sys/kernel/debug", self.private / "debugfs")
+        namespace.bind(self.guest / "sys/kernel/tracing" if whole else mounted, self.tracefs)
+        if namespace.HOST_TRACING.get(_magic(self.tracefs)):
             raise UserError(f"{mounted}: this is the host's own tracing directory, which fakefs does not touch")
+        if mounted == TRACING:
+            namespace.bind(self.private / "empty", TRACING)
 
     # ---- the inner namespace
 
-    def show_guest(self, *, whole: bool) -> None:
-        """Put all else in place, in mounts that may be unmounted. Raises OSError."""
+    def show_guest(self, socket: Path, *, whole: bool) -> None:
+        """Put all in place, in mounts that may be unmounted. `socket` is the daemon's. Raises OSError."""
         if whole:
             for name in _GUEST_KERNEL:
                 self._show(_KERNEL / name)
@@ -112,31 +140,45 @@ class View:
                 self._show(Path("/proc", name))
         debug = _KERNEL / "debug/tracing"
         debug.mkdir(exist_ok=True)
-        # From what is mounted at TRACING already: the tracefs, and no way to the rest of the guest.
-        namespace.bind(TRACING, debug)
-        namespace.bind(TRACING, TRACING)
-        self._mounts.write_text(_mounts_table())
-        namespace.bind_on_link(self._mounts, _MOUNTS)
-        self._add_helper(whole=whole)
+        namespace.bind(self.tracefs, TRACING)
+        namespace.bind(self.tracefs, debug)
+        if whole:
+            self._stand_in()
+        self._add_helpers(socket, whole=whole)
+        inside = Inside(self.private, socket)
+        inside.write_table()
+        namespace.bind_on_link(inside.table, _MOUNTS)
 
     def _show(self, path: Path) -> None:
         """Show the guest's file at its path, if both the guest and the host have one."""
         with suppress(FileNotFoundError, NotADirectoryError):
             namespace.bind(Path(f"{self.guest}{path}"), path)
 
-    def _add_helper(self, *, whole: bool) -> None:
-        """Give mount(8) a program that knows what a tracefs is here, which Linux before 5.11 does not let us; and PATH
+    def _add_helpers(self, socket: Path, *, whole: bool) -> None:
+        """Give mount(8) programs that know what a tracefs is here, which Linux before 5.11 does not let us; and PATH
         those that ask for the kernel's modules."""
         helpers, sbin = self.private / "sbin", Path(os.path.realpath("/sbin"))
         helpers.mkdir()
-        tracefs = self.guest / "sys/kernel/tracing" if whole else _KERNEL / "debug/tracing"
-        helper = helpers / "mount.tracefs"
-        helper.write_text(_MOUNT_HELPER.format(tracefs=tracefs, mounts=self._mounts, flags=_NO_FLAGS))
-        helper.chmod(0o755)
+        for name in HELPERS:
+            _write_script(helpers / name, _HELPER.format(python=sys.executable, directory=self.private, socket=socket))
         tools.write(helpers, self.guest / "proc" if whole else Path("/proc"))
         os.environ["PATH"] = f"{helpers}:{os.environ.get('PATH', os.defpath)}"
         with suppress(OSError):
             namespace.mount("overlay", sbin, f"lowerdir={helpers}:{sbin}")
+
+    def _stand_in(self) -> None:
+        for name, script in _STAND_INS.items():
+            if program := which(name):
+                real, stand_in = self.private / f"{name}.real", self.private / name
+                real.touch()
+                namespace.bind(Path(program), real)
+                _write_script(stand_in, script.format(real=real))
+                namespace.bind(stand_in, Path(program))
+
+
+def _write_script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 class NoProc(Exception):
@@ -161,22 +203,26 @@ def _magic(directory: Path) -> int:
         os.close(fd)
 
 
-def _mounts_table() -> str:
-    """What /proc/mounts is to say: a tracefs is one, and other pieces of the guest are not mounts of their own."""
-    lines: dict[str, str] = {}
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as table:
-        for number, line in enumerate(table):
-            _, directory, kind, _ = line.split(" ", 3)
-            if kind != mountpoint.FSTYPE:
-                lines[f"{number}"] = line
-            elif directory in (str(TRACING), str(_KERNEL / "debug/tracing")):
-                lines[directory] = f"tracefs {directory} tracefs {_NO_FLAGS} 0 0\n"
-    return "".join(lines.values())
-
-
 def check_inherited() -> None:
     """Raise UserError when a descriptor that the program would inherit leads to the host's tracing."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if kind := namespace.HOST_TRACING.get(namespace.filesystem_magic(int(name))):
                 raise UserError(f"descriptor {name} is open in the host's {kind}; close it: {name}>&-")
+
+
+def reopen_directories() -> None:
+    """Open each inherited directory again, by its path in the view: from the old one `..` leads out of the view."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                continue
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_PATH | os.O_NONBLOCK)
+            new = os.open(os.readlink(f"/proc/self/fd/{fd}"), flags | os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # it is not there in the view, or was listdir's own
+            with suppress(OSError):
+                os.close(fd)
+            continue
+        os.dup2(new, fd, os.get_inheritable(fd))
+        os.close(new)

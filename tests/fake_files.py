@@ -51,6 +51,9 @@ class FakeFiles:
         self.root = self.node(0o40755)
         self.log = b""
 
+    def watch_attributes(self, changed: Callable[[], None]) -> None:
+        """None of its attributes is lasting."""
+
     def node(self, mode: int, data: bytes = b"", kind: str = "plain") -> Node:
         self._ino += 1
         return Node(Stat(mode, 1, 0, 0, 0, self._ino, 4096, 10**18 + 1, 10**18 + 2, 10**18 + 3), data, kind)

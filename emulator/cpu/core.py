@@ -14,7 +14,7 @@ OFFSETS = (
     "eip", "eflags", "hflags", "segs", "star", "lstar", "fmask", "tsc_aux", "cpu_halted", "cpu_interrupt_request",
 )  # fmt: skip
 WATCH_OFFSETS = ("cpu_cflags_next_tb", "cpu_icount", "env_dr", "env_watchpoint", "env_cr")
-_MAX_HITS = 64
+REDIRECT_VALUES = 5  # of enum redirect_value
 
 
 class PollFd(ctypes.Structure):
@@ -63,9 +63,9 @@ class Watch(ctypes.Structure):
         ("ram_size", c_uint64),
         ("handler_low", c_uint64),
         ("handler_high", c_uint64),
+        ("hits", POINTER(WatchHit)),
         ("nhits", c_uint32),
         ("nstops", c_uint32),
-        ("hits", WatchHit * _MAX_HITS),
         ("checks", c_uint64),
         ("matches", c_uint64),
         ("delivered", c_uint64),
@@ -79,9 +79,10 @@ class Redirect(ctypes.Structure):
     _fields_ = (
         ("notifier", c_uint64),
         ("dispatcher", c_uint64),
+        ("access_names", c_uint64),
         ("die_args_regs", c_uint32),
-        ("pt_regs_orig_ax", c_uint32),
         ("kprobe_addr", c_uint32),
+        ("lent", c_uint32 * REDIRECT_VALUES),
         ("active", c_uint32),
         ("next", c_uint32),
         ("pad", c_uint32),
@@ -89,7 +90,7 @@ class Redirect(ctypes.Structure):
         ("rsi", c_uint64),
         ("rdx", c_uint64),
         ("regs", c_uint64),
-        ("orig_ax", c_uint64),
+        ("own", c_uint64 * REDIRECT_VALUES),
         ("probe", c_uint64),
         ("probe_addr", c_uint64),
         ("calls", c_uint64),

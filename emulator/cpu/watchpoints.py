@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from ctypes import c_uint32, c_uint64, c_void_p
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Access(IntFlag):
 
     READ = 1
     WRITE = 2
+    CHANGE = 4  # with WRITE, and asked for alone: not when the bytes are what they were
 
 
 class Kind(IntEnum):
@@ -58,7 +60,7 @@ class Hit(NamedTuple):
     ip: int  # of the instruction
     next_ip: int  # of the one after it
     watched: int  # start of the watched range
-    old: int  # the first 8 bytes of that range before the instruction, little-endian
+    old: int  # 8 bytes before the instruction, little-endian: the range's first; of more than 8 those accessed first
     access: Access
 
 
@@ -124,16 +126,26 @@ class Watchpoints:
         self._core.watch.handler_low, self._core.watch.handler_high = low, high
 
     def redirect(
-        self, notifier: int, dispatcher: int, *, die_args_regs: int, pt_regs_orig_ax: int, kprobe_addr: int
+        self,
+        notifier: int,
+        dispatcher: int,
+        *,
+        access_names: int,
+        die_args_regs: int,
+        kprobe_addr: int,
+        lent: Sequence[int],
     ) -> None:
         """Have DEBUG hits handed to the guest's `dispatcher(kprobe, regs)` when its `notifier` is called for a #DB.
 
-        The hit's token is the kprobe's guest virtual address. The others are byte offsets in the kernel's structures.
+        The hit's token is the kprobe's guest virtual address. At `access_names` the guest has "r", "w" and "rw", 8
+        bytes each. The others are byte offsets in the kernel's structures: `lent` are those members of pt_regs that
+        carry watched address, address accessed, old value, size and access (enum redirect_value).
         """
         redirect = self._core.redirect
         redirect.notifier, redirect.dispatcher = notifier, dispatcher
-        redirect.die_args_regs, redirect.pt_regs_orig_ax = die_args_regs, pt_regs_orig_ax
-        redirect.kprobe_addr = kprobe_addr
+        redirect.access_names = access_names
+        redirect.die_args_regs, redirect.kprobe_addr = die_args_regs, kprobe_addr
+        redirect.lent[:] = lent
         if not self.redirecting:
             error = self._lib.redirect_install(self._core)
             if error:

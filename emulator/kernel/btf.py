@@ -29,7 +29,7 @@ A ``.ko`` file with a section ``.BTF.base`` (modules built out of tree since 6.1
 from __future__ import annotations
 
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
@@ -173,6 +173,22 @@ class Btf:
         found = self.type(self._find((Kind.ENUM, Kind.ENUM64), name))
         assert isinstance(found, Enum)
         return found
+
+    def constant(self, name: str) -> int:
+        """The value of an enumerator, whatever enumeration it is of, those without a name included."""
+        types = self._words.tobytes()
+        for offset in self._string_offsets(name.encode("utf-8", "surrogateescape")):
+            needle = offset.to_bytes(4, "little")
+            at = types.find(needle)
+            while at >= 0:
+                index = bisect_right(self._starts, at // 4) - 1
+                found = self.type(self._first_id + index) if at % 4 == 0 else None
+                if isinstance(found, Enum) and name in found.values:
+                    return found.values[name]
+                at = types.find(needle, at + 1)
+        if self._base is not None:
+            return self._base.constant(name)
+        raise BtfLookupError(f"this kernel's BTF has no constant {name!r}")
 
     def member(self, aggregate: str | int, path: str) -> Member:
         """The member that C would call ``path`` (``"thread.sp"``), its offset counted from the start of ``aggregate``.

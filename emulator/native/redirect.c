@@ -1,16 +1,20 @@
 /*
  * See redirect.h. At the entry of the notifier that the kernel calls for each #DB:
  *
- *   hits to hand over   lend the next hit's kprobe the address of the instruction behind the access, put the watched
- *                       address into orig_ax (no other use in a #DB frame), and call the dispatcher, which returns to
- *                       the notifier's entry, and so here
+ *   hits to hand over   lend the next hit's kprobe the address of the instruction behind the access, put what is known
+ *                       of the hit into the frame, and call the dispatcher, which returns to the notifier's entry,
+ *                       and so here
  *   none left           put everything back as it was; the notifier runs
+ *
+ * The members of pt_regs lent are none that a stack trace from the frame needs: orig_ax, which #DB leaves alone, and
+ * registers no unwind information refers to.
  */
 #include "redirect.h"
 
 #include <string.h>
 
 #include "core.h"
+#include "paging.h"
 
 enum { HOOK_CODE = 4 };
 
@@ -21,7 +25,7 @@ static uint64_t *reg(struct core *c, uint32_t offset)
 
 static int load(struct core *c, uint64_t at, uint64_t *value)
 {
-	const uint8_t *host = watch_host(c, at, 8);
+	const uint8_t *host = paging_host(c, at, 8);
 
 	if (host)
 		memcpy(value, host, 8);
@@ -30,7 +34,7 @@ static int load(struct core *c, uint64_t at, uint64_t *value)
 
 static int store(struct core *c, uint64_t at, uint64_t value)
 {
-	uint8_t *host = watch_host(c, at, 8);
+	uint8_t *host = paging_host(c, at, 8);
 
 	if (host)
 		memcpy(host, &value, 8);
@@ -51,7 +55,8 @@ static void finish(struct core *c)
 {
 	struct redirect *r = &c->redirect;
 
-	store(c, r->regs + r->pt_regs_orig_ax, r->orig_ax);
+	for (int i = 0; i < REDIRECT_VALUES; i++)
+		store(c, r->regs + r->lent[i], r->own[i]);
 	*reg(c, CORE_RDI) = r->rdi;
 	*reg(c, CORE_RSI) = r->rsi;
 	*reg(c, CORE_RDX) = r->rdx;
@@ -68,7 +73,27 @@ static int begin(struct core *c)
 	r->rdx = *reg(c, CORE_RDX);
 	r->next = 0;
 	r->probe = 0;
-	return load(c, r->rdx + r->die_args_regs, &r->regs) && load(c, r->regs + r->pt_regs_orig_ax, &r->orig_ax);
+	if (!load(c, r->rdx + r->die_args_regs, &r->regs))
+		return 0;
+	for (int i = 0; i < REDIRECT_VALUES; i++)
+		if (!load(c, r->regs + r->lent[i], &r->own[i]))
+			return 0;
+	return 1;
+}
+
+static void lend(struct core *c, const struct watch_hit *hit)
+{
+	struct redirect *r = &c->redirect;
+	const uint64_t values[REDIRECT_VALUES] = {
+		[REDIRECT_WATCHED] = hit->watched,
+		[REDIRECT_AT] = hit->address > hit->watched ? hit->address : hit->watched,
+		[REDIRECT_OLD] = hit->old,
+		[REDIRECT_SIZE] = hit->length,
+		[REDIRECT_ACCESS] = r->access_names + 8 * (hit->access - 1),
+	};
+
+	for (int i = 0; i < REDIRECT_VALUES; i++)
+		store(c, r->regs + r->lent[i], values[i]);
 }
 
 static int call_dispatcher(struct core *c, const struct watch_hit *hit)
@@ -80,7 +105,7 @@ static int call_dispatcher(struct core *c, const struct watch_hit *hit)
 		return 0;
 	r->probe = hit->token;
 	store(c, hit->token + r->kprobe_addr, hit->next_ip);
-	store(c, r->regs + r->pt_regs_orig_ax, hit->watched);
+	lend(c, hit);
 	*reg(c, CORE_RSP) = stack;
 	*reg(c, CORE_RDI) = hit->token;
 	*reg(c, CORE_RSI) = r->regs;

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core.h"
+#include "paging.h"
 #include "plt.h"
 
 #define PAGE_SIZE 4096u
@@ -46,7 +47,7 @@ static void set_dirty(void *cpu, uint64_t virtual_address)
 	struct core *c = owner;
 
 	if (c && c->cpu == cpu) {
-		uint8_t *host = watch_host(c, virtual_address & ~(uint64_t)(PAGE_SIZE - 1), 1);
+		uint8_t *host = paging_host(c, virtual_address & ~(uint64_t)(PAGE_SIZE - 1), 1);
 		uint64_t page = host ? (uint64_t)(host - c->watch.ram) / PAGE_SIZE : 0;
 
 		if (host && is_code(page)) {

@@ -14,7 +14,8 @@
 
 struct core;
 
-enum { WATCH_READ = 1, WATCH_WRITE = 2 };
+/* WATCH_CHANGE: only instructions that leave other bytes behind than they found. */
+enum { WATCH_READ = 1, WATCH_WRITE = 2, WATCH_CHANGE = 4 };
 
 /* Who is told of a hit. */
 enum watch_kind {
@@ -29,12 +30,11 @@ struct watch_hit {
 	uint64_t length;
 	uint64_t ip, next_ip; /* of the instruction, and of the one after it */
 	uint64_t watched;     /* start of the watched range when it was hit */
-	uint64_t old;	      /* the first 8 bytes of the watched range before the instruction */
+	/* 8 bytes before the instruction: at `watched`; at the first watched byte accessed if the range has more than 8. */
+	uint64_t old;
 	uint32_t access;
 	uint32_t kind;
 };
-
-#define WATCH_MAX_HITS 64
 
 struct watch_offsets {
 	uint32_t cpu_cflags_next_tb, cpu_icount; /* from cpu */
@@ -54,8 +54,8 @@ struct watch {
 	/* Stack of the guest's #DB handler: its accesses do not count, or handling a hit would make hits. */
 	uint64_t handler_low, handler_high;
 	/* Hits of the last instruction that made any; Python empties it at CORE_WATCH, redirect.c otherwise. */
+	struct watch_hit *hits;
 	uint32_t nhits, nstops;
-	struct watch_hit hits[WATCH_MAX_HITS];
 	uint64_t checks, matches, delivered, dropped;
 };
 
@@ -69,15 +69,11 @@ int watch_remove(struct core *c, int number);
 void watch_detach(struct core *c);
 /* Is the instruction at RIP, which hits a watchpoint, about to be executed for the second time? From hooks. */
 bool watch_again(const struct core *c, uint64_t ip);
-uint64_t watch_size(void);
 
 /* For core.c. */
 void watch_begin_run(struct core *c);
 bool watch_pending(const struct core *c);
 bool watch_deliver(struct core *c);
 bool watch_break_block(struct core *c);
-
-/* For redirect.c: host address of a guest virtual one, or NULL. */
-uint8_t *watch_host(struct core *c, uint64_t virtual_address, uint64_t size);
 
 #endif

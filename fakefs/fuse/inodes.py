@@ -49,6 +49,10 @@ class Inodes:
     def __len__(self) -> int:
         return len(self._by_number)
 
+    def numbers(self) -> list[int]:
+        """All numbers, that of the root first."""
+        return list(self._by_number)
+
     def path(self, number: int) -> bytes:
         """The guest path of an inode. Raises OSError ENOENT when it was removed."""
         inode = self._by_number.get(number)

@@ -18,8 +18,7 @@ from contextlib import suppress
 
 from fakefs.files import Files, OpenFile, Stat
 from fakefs.fuse.answers import answer_errno, answering, complain
-from fakefs.fuse.inodes import NAME_MAX, PATH_MAX, ROOT, Inodes, error
-from fakefs.fuse.options import MountOptions
+from fakefs.fuse.inodes import NAME_MAX, PATH_MAX, Inodes, error
 from fakefs.fuse.request import caller, current
 
 # isort: split
@@ -53,7 +52,7 @@ class _Directory:
 
 
 class GuestOperations(pyfuse3.Operations):
-    """Serves `files` from guest path `root` on.
+    """Serves `files` from guest path `root` on; what is the guest's root's is shown as `owner`'s, a uid and a gid.
 
     When `max_blocked_reads` reads wait, further ones are made non-blocking: EAGAIN instead of data that is not there.
     """
@@ -64,7 +63,7 @@ class GuestOperations(pyfuse3.Operations):
         self,
         files: Files,
         root: bytes,
-        options: MountOptions,
+        owner: tuple[int, int] = (0, 0),
         *,
         max_blocked_reads: int = MAX_BLOCKED_READS,
         ready: Callable[[], None] = lambda: None,
@@ -72,7 +71,7 @@ class GuestOperations(pyfuse3.Operations):
         super().__init__()
         self._files = files
         self._inodes = Inodes(root)
-        self._options = options
+        self._owner = owner
         self._ready = ready
         self._max_blocked_reads = max_blocked_reads
         self._reads = 0
@@ -80,6 +79,7 @@ class GuestOperations(pyfuse3.Operations):
         self._open_files: dict[int, OpenFile] = {}
         self._open_directories: dict[int, _Directory] = {}
         self._serving = True
+        files.watch_attributes(self._forget_attributes)
 
     def init(self) -> None:
         try:
@@ -94,21 +94,27 @@ class GuestOperations(pyfuse3.Operations):
     # Attributes
 
     def _entry(self, number: int, stat: Stat) -> EntryAttributes:
-        stat = self._options.apply(stat, is_root=number == ROOT)
         entry = EntryAttributes()
         entry.st_ino = number
         entry.entry_timeout = LASTING_TIMEOUT if stat.lasting else ENTRY_TIMEOUT
         entry.attr_timeout = LASTING_TIMEOUT if stat.lasting else ATTR_TIMEOUT
         entry.st_mode = stat.mode
         entry.st_nlink = stat.nlink
-        entry.st_uid = stat.uid
-        entry.st_gid = stat.gid
+        entry.st_uid = stat.uid or self._owner[0]
+        entry.st_gid = stat.gid or self._owner[1]
         entry.st_size = stat.size
         entry.st_blksize = stat.blksize
         entry.st_atime_ns = stat.atime_ns
         entry.st_mtime_ns = stat.mtime_ns
         entry.st_ctime_ns = stat.ctime_ns
         return entry
+
+    def _forget_attributes(self) -> None:
+        """Have the kernel ask again for what it was told will last."""
+        if self._serving:
+            for number in self._inodes.numbers():
+                with suppress(OSError):  # it has forgotten this one
+                    pyfuse3.invalidate_inode(number, attr_only=True)
 
     async def _look_up(self, path: bytes) -> EntryAttributes:
         try:

@@ -1,7 +1,7 @@
 """The mount options of tracefs: `uid=`, `gid=`, `mode=`, as in Linux's fs/tracefs; libfuse refuses them.
 
-As there, `uid` and `gid` are those of every file, `mode` is the mode of the root directory. Flags that mount(8) adds
-by itself (`rw`, `nosuid`, `relatime`...) are accepted and change nothing: the mount always has them.
+What they do is done by the guest, which mounts its own tracefs again with them. Flags that mount(8) adds by itself, or
+finds at a FUSE mount (`rw`, `nosuid`, `user_id=0`...), are accepted and change nothing: the mount always has them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fakefs.errors import UserError
-from fakefs.files import Stat
 
 _WITHOUT_EFFECT = frozenset({
     "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "suid", "nosuid", "dev", "nodev",
     "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime",
-    "lazytime", "nolazytime", "sync", "async",
+    "lazytime", "nolazytime", "sync", "async", "remount", "allow_other", "default_permissions",
 })  # fmt: skip
 _ID_MAX = 0xFFFF_FFFE  # (uid_t)-1 means "leave as it is" to chown(2)
 
@@ -42,24 +41,19 @@ class MountOptions:
                 options = replace(options, mode=_number(word, value, 8, 0o7777))
             elif word in ("ro", "rw"):
                 options = replace(options, ro=word == "ro")
-            elif word not in _WITHOUT_EFFECT:
+            elif word not in _WITHOUT_EFFECT and name not in ("user_id", "group_id"):
                 raise UserError(f"unknown mount option {word!r}; there are uid=, gid=, mode=, ro", exit_status=2)
         return options
 
     def __str__(self) -> str:
+        return ",".join(filter(None, (self.for_guest(), "ro" if self.ro else "")))
+
+    def for_guest(self) -> str:
+        """What the guest's tracefs is to be mounted with: all but `ro`, which is the host's."""
         words = [f"{name}={value}" for name, value in (("uid", self.uid), ("gid", self.gid)) if value is not None]
         if self.mode is not None:
             words.append(f"mode={self.mode:o}")
-        return ",".join([*words, *(["ro"] if self.ro else [])])
-
-    def apply(self, stat: Stat, *, is_root: bool = False) -> Stat:
-        """`stat` as the mount shows it."""
-        if self.uid is None and self.gid is None and (self.mode is None or not is_root):
-            return stat
-        mode = stat.mode if self.mode is None or not is_root else stat.mode & ~0o7777 | self.mode
-        uid = stat.uid if self.uid is None else self.uid
-        gid = stat.gid if self.gid is None else self.gid
-        return replace(stat, uid=uid, gid=gid, mode=mode)
+        return ",".join(words)
 
 
 def _number(word: str, value: str, base: int, largest: int) -> int:

@@ -38,12 +38,14 @@ async def serve(
 ) -> None:
     """Mount `files` from guest path `root` on at `mountpoint` and serve until unmounted or cancelled.
 
+    Of `options` it is `ro` that matters here; the others are the guest's.
     `auto_unmount`: fusermount3 unmounts when this process is killed.
     `ready` is called when the mount answers. A cancelled session is unmounted; readers that wait get ECONNABORTED.
     Files that are still open then are not closed in the guest. Raises UserError.
     """
     options = options or MountOptions()
-    operations = GuestOperations(files, root, options, max_blocked_reads=max_blocked_reads, ready=ready)
+    owner = (os.geteuid(), os.getegid()) if os.geteuid() else (0, 0)  # who mounts is the guest's root
+    operations = GuestOperations(files, root, owner, max_blocked_reads=max_blocked_reads, ready=ready)
     discard_stale(mountpoint)
     _mount(operations, mountpoint, libfuse_options(options, auto_unmount=auto_unmount))
     try:

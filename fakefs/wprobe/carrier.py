@@ -23,6 +23,7 @@ _NAME_MAX = 64
 _DEBUG_VECTOR = 1
 _GATE_SIZE = 16
 _IST_AT = 4  # in a gate (Intel SDM vol. 3, 7.14.1)
+_ACCESS_NAMES = b"".join(name.ljust(8, b"\0") for name in (b"r", b"w", b"rw"))
 _HANDLER_STACK = 8192  # EXCEPTION_STKSZ (arch/x86/include/asm/page_64_types.h)
 
 
@@ -35,7 +36,11 @@ class CarrierFacts(Facts):
     notifier: int
     dispatcher: int
     die_args_regs: int
-    pt_regs_orig_ax: int
+    pt_regs_orig_ax: int  # of the members of pt_regs that carry what is known of a hit: see fetcharg.py
+    pt_regs_r11: int
+    pt_regs_r8: int
+    pt_regs_r9: int
+    pt_regs_r14: int
     kprobe_addr: int
     events: int  # dyn_event_list
     event_list: int  # of the list node, in trace_kprobe
@@ -61,6 +66,10 @@ def carrier_facts(guest: Guest) -> CarrierFacts | None:
             dispatcher=symbols["kprobe_dispatcher"],
             die_args_regs=btf.offsetof("die_args", "regs"),
             pt_regs_orig_ax=btf.offsetof("pt_regs", "orig_ax"),
+            pt_regs_r11=btf.offsetof("pt_regs", "r11"),
+            pt_regs_r8=btf.offsetof("pt_regs", "r8"),
+            pt_regs_r9=btf.offsetof("pt_regs", "r9"),
+            pt_regs_r14=btf.offsetof("pt_regs", "r14"),
             kprobe_addr=btf.offsetof("kprobe", "addr"),
             events=symbols["dyn_event_list"],
             event_list=btf.offsetof("trace_kprobe", "devent.list"),
@@ -104,9 +113,10 @@ class Carriers:
         watchpoints.redirect(
             facts.notifier,
             facts.dispatcher,
+            access_names=guest.agent.place(_ACCESS_NAMES),
             die_args_regs=facts.die_args_regs,
-            pt_regs_orig_ax=facts.pt_regs_orig_ax,
             kprobe_addr=facts.kprobe_addr,
+            lent=(facts.pt_regs_orig_ax, facts.pt_regs_r11, facts.pt_regs_r8, facts.pt_regs_r9, facts.pt_regs_r14),
         )
 
     def find(self, group: str, event: str) -> int | None:

@@ -3,7 +3,12 @@
     w[:[GRP/][EVENT]] [r|w|rw]@(ADDR|SYM[+-OFF]|-1)[:LEN] [NAME=]FETCHARG[:TYPE] ...
 
 Checks come in the kernel's order: body, maxactive, spec, names, number of arguments, each argument. Whether the name is
-taken is for the caller to find out; `taken` gives the error. Follows the wprobe series, v18.
+taken is for the caller to find out; `taken` gives the error. Follows the wprobe series, v18. With `extended` more is
+accepted, none of which means something else to the series:
+
+    w[SLOTS]:[GRP/][EVENT] [r|w|w!|rw]@...[:LEN]     LEN 1 to 4096 at any address, and arguments of `fetcharg`
+
+SLOTS (1 to 64) is how many objects set_wprobe triggers can have watched at a time, `w!` only what changes the memory.
 """
 
 from __future__ import annotations
@@ -11,11 +16,11 @@ from __future__ import annotations
 import errno
 import re
 from dataclasses import dataclass
-from typing import Literal, NoReturn, Protocol, cast
+from typing import Literal, NamedTuple, NoReturn, Protocol, cast
 
 from fakefs.wprobe import errors
 from fakefs.wprobe.errors import WPROBE, LogEntry, ProbeError
-from fakefs.wprobe.fetcharg import Piece, Pieces, Refused, translate
+from fakefs.wprobe.fetcharg import Guest, Piece, Pieces, Refused, translate
 from fakefs.wprobe.kstrto import kstrtoint, kstrtoul, split_words
 from fakefs.wprobe.typecast import NoStructs, Structs
 
@@ -26,6 +31,8 @@ CARRIER_FUNCTION = "emergency_restart"  # never runs, and takes a kprobe on ever
 Access = Literal["r", "w", "rw"]
 
 _LENGTHS = (1, 2, 4, 8)
+MAX_LENGTH = 4096  # of an extended one
+MAX_SLOTS = 64
 _MAX_ARGS = 128  # MAX_TRACE_ARGS
 _MAX_NAME = 64  # MAX_EVENT_NAME_LEN, NUL included
 _MAX_ARG = 63  # MAX_ARGSTR_LEN
@@ -63,6 +70,7 @@ class Arg:
     text: str
     type: str
     pieces: tuple[Piece, ...]
+    unresolved: bool = False  # it names a symbol the guest does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,8 @@ class Definition:
     args: tuple[Arg, ...]
     line: str  # the command as error_log shows it: its words, one blank apart
     dummy_address: int
+    slots: int = 0  # 0: one object, watched until it is cleared, as in the series
+    changes: bool = False  # only writes that change something
 
     def show(self, address: int | None = None) -> str:
         """Its line in dynamic_events. `address` is where the breakpoint is now, if a trigger has moved it."""
@@ -88,8 +98,19 @@ class Definition:
             place = self.symbol + (f"{self.offset:+d}" if self.offset else "")
         else:
             place = "-1" if current == self.dummy_address else f"0x{current:x}"
-        words = [f"w:{self.group}/{self.event}", f"{self.access}@{place}:{self.length}"]
+        head = f"w{self.slots or ''}:{self.group}/{self.event}"
+        words = [head, f"{self.access}{'!' if self.changes else ''}@{place}:{self.length}"]
         return " ".join(words + [f"{arg.name}={arg.text}" for arg in self.args])
+
+    @property
+    def unresolved(self) -> bool:
+        """Does an argument name a symbol the guest does not have? Then it cannot be enabled."""
+        return any(arg.unresolved for arg in self.args)
+
+    def off_limits(self) -> ProbeError:
+        """The error for an address that may not be watched."""
+        column = self.line.index("@") + 1
+        return ProbeError(errno.EINVAL, LogEntry(WPROBE, errors.OFF_LIMITS, self.line, column))
 
     def taken(self, *, by_wprobe: bool) -> ProbeError:
         """The error for a definition whose group and name are in use, by another wprobe or by any other event."""
@@ -121,17 +142,28 @@ class Definition:
         return Pieces((head, gap, place, *(piece for arg in self.args for piece in arg.pieces)))
 
 
-def parse(line: str, symbols: Symbols, structs: Structs | None = None) -> Definition:
+def parse(line: str, symbols: Symbols, structs: Structs | None = None, *, extended: bool = False) -> Definition:
     """Parse a line whose first word starts with `w`. Raises `ProbeError`."""
-    return _Parser(split_words(line), symbols, structs or NoStructs()).parse()
+    return _Parser(split_words(line), symbols, structs or NoStructs(), extended).parse()
+
+
+class _Spec(NamedTuple):
+    access: Access
+    changes: bool
+    symbol: str | None
+    offset: int
+    address: int
+    dummy: bool
+    length: int
 
 
 class _Parser:
-    def __init__(self, words: list[str], symbols: Symbols, structs: Structs) -> None:
+    def __init__(self, words: list[str], symbols: Symbols, structs: Structs, extended: bool) -> None:
         self._words = words
         self._line = " ".join(words)
         self._symbols = symbols
-        self._structs = structs
+        self._extended = extended
+        self._guest = Guest(structs, lambda name: symbols.lookup(name) is not None, extended)
 
     def _refuse(self, text: str, column: int, number: int = errno.EINVAL) -> NoReturn:
         raise ProbeError(number, LogEntry(WPROBE, text, self._line, column))
@@ -140,12 +172,11 @@ class _Parser:
         if len(self._words) < 2:
             self._refuse(errors.NO_ARG_BODY, 0)
         head, spec, *args = self._words
-        if head[1:2] not in ("", ":"):
-            self._refuse(errors.NO_MAXACT, 1)
-        access, symbol, offset, address, dummy, length = self._spec(spec, len(head) + 1)
-        group, event = self._names(head[2:]) if len(head) > 1 else (DEFAULT_GROUP, "")
+        slots, column = self._slots(head)
+        found = self._spec(spec, len(head) + 1)
+        group, event = self._names(head[column:], column) if len(head) > 1 else (DEFAULT_GROUP, "")
         if not event:
-            event = re.sub(r"[^A-Za-z0-9_]", "_", symbol if symbol is not None else f"w_0x{address:x}")
+            event = re.sub(r"[^A-Za-z0-9_]", "_", found.symbol or f"w_0x{found.address:x}")
             event = event[: _MAX_NAME - 1]
         if len(args) > _MAX_ARGS:
             self._refuse(errors.TOO_MANY_ARGS, len(head) + len(spec) + 2, errno.E2BIG)
@@ -153,30 +184,41 @@ class _Parser:
         return Definition(
             group=group,
             event=event,
-            access=access,
-            symbol=symbol,
-            offset=offset,
-            address=address,
-            dummy=dummy,
-            length=length,
+            **found._asdict(),
             args=parsed,
             line=self._line,
             dummy_address=self._symbols.dummy,
+            slots=slots,
         )
 
-    def _spec(self, spec: str, start: int) -> tuple[Access, str | None, int, int, bool, int]:
+    def _slots(self, head: str) -> tuple[int, int]:
+        """The number of slots, and the column where the name begins."""
+        number, colon, _ = head[1:].partition(":")
+        if not number:
+            return 0, 2
+        if not self._extended or not colon or not re.fullmatch("[0-9]+", number):
+            self._refuse(errors.NO_MAXACT, 1)
+        slots = kstrtoint(number)
+        if slots is None or number[0] == "0" or slots > MAX_SLOTS:
+            self._refuse(errors.BAD_SLOTS, 1)
+        return slots, len(number) + 2
+
+    def _spec(self, spec: str, start: int) -> _Spec:
         access, at, _ = spec.partition("@")
+        column = start + len(access) + 1
         if not at:
             self._refuse(errors.BAD_ACCESS_FMT, start)
-        if access not in ("", "r", "w", "rw"):
+        changes = self._extended and access in ("!", "r!", "w!", "rw!")
+        if changes and access != "w!":
+            self._refuse(errors.BAD_CHANGE, start)
+        if not changes and access not in ("", "r", "w", "rw"):
             self._refuse(errors.BAD_ACCESS_TYPE, start)
         before, colon, size = spec.partition(":")
         length = kstrtoint(size) if colon else 4
-        if length not in _LENGTHS:
+        if length is None or not (0 < length <= MAX_LENGTH if self._extended else length in _LENGTHS):
             self._refuse(errors.BAD_ACCESS_LEN, start + len(before) + 1)
 
         place = before[len(access) + 1 :]
-        column = start + len(access) + 1
         symbol, offset = None, 0
         dummy = place == "-1"
         address = self._symbols.dummy if dummy else kstrtoul(place)
@@ -186,9 +228,10 @@ class _Parser:
             if base is None:
                 self._refuse(errors.BAD_ACCESS_ADDR, column, errno.ENOENT)
             address = (base + offset) % (1 << 64)
-        if address < TASK_SIZE or address % length:
+        aligned = address + length <= 1 << 64 if self._extended else address % length == 0
+        if address < TASK_SIZE or not aligned:
             self._refuse(errors.BAD_ACCESS_ADDR, column)
-        return cast(Access, access or "rw"), symbol, offset, address, dummy, length
+        return _Spec(cast(Access, access.rstrip("!") or "rw"), changes, symbol, offset, address, dummy, length)
 
     def _offset(self, place: str, column: int) -> tuple[str, int]:
         found = re.search(r"[+-]", place)
@@ -199,10 +242,9 @@ class _Parser:
             self._refuse(errors.BAD_PROBE_ADDR, column + found.start())
         return place[: found.start()], offset
 
-    def _names(self, name: str) -> tuple[str, str]:
+    def _names(self, name: str, column: int) -> tuple[str, str]:
         """Group and event; the event is empty where it is to be made up."""
         group, separator, event = name.partition("/" if "/" in name else ".")
-        column = 2
         if not separator:
             group, event = DEFAULT_GROUP, name
         else:
@@ -249,9 +291,9 @@ class _Parser:
         if not text:
             self._refuse(errors.NO_ARG_BODY, column)
         try:
-            body = translate(text, column, self._structs)
+            body, unresolved = translate(text, column, self._guest)
         except Refused as refused:
             self._refuse(refused.text, refused.column, refused.number)
         named = Piece(start, column - start, f"{name}=", column > start)
         _, colon, suffix = text.partition(":")
-        return Arg(name, text, colon + suffix, (Piece(start - 1, 1, " ", True), named, *body))
+        return Arg(name, text, colon + suffix, (Piece(start - 1, 1, " ", True), named, *body), unresolved)

@@ -29,6 +29,11 @@ NO_GROUP_NAME = "Group name is not specified"
 GROUP_TOO_LONG = "Group name is too long"
 BAD_GROUP_NAME = "Group name must follow the same rules as C identifiers"
 
+# Definitions, where we accept more than the series.
+BAD_SLOTS = "Number of slots must be 1 to 64"
+BAD_CHANGE = "Only writes can be watched for changes"
+OFF_LIMITS = "Memory that recording a hit needs cannot be watched"
+
 # Fetch arguments.
 TOO_MANY_ARGS = "Too many arguments are specified"
 NO_ARG_NAME = "Argument name is not specified"
@@ -54,6 +59,7 @@ WPROBE_NEED_FIELD = "Wprobe trigger requires a target field"
 WPROBE_BAD_FIELD = "Target field must be pointer size"
 NO_EVENT_FIELD = "This event field is not found."
 BAD_IMM = "Invalid immediate value"
+BAD_TIMEOUT = "Invalid timeout"
 
 
 @dataclass(frozen=True, slots=True)

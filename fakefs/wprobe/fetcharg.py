@@ -1,12 +1,21 @@
 """A wprobe's fetch arguments, said again as those of its carrier kprobe.
 
-The carrier's record is made from a `pt_regs` whose unused `orig_ax` holds the watched address, hence
+The carrier's record is made from a `pt_regs` some members of which hold what is known of the hit (emulator/native/
+redirect.h), hence
 
-    $addr                          %orig_ax
-    $value                         +0(%orig_ax):x64
+    $addr                          %orig_ax           the watched address
+    $value                         +0(%orig_ax):x64   what is there now
     (STRUCT[,FIELD])$addr->member  +OFFSET(%orig_ax):TYPE
 
-and all else stays as it was typed. Refused here is only what means something else, or nothing, on a kprobe; the guest's
+and, where more is accepted than the series does,
+
+    $old                           %r8                what was there before
+    $at                            %r11               the first watched byte that was accessed
+    $size                          %r9:u32            bytes accessed
+    $access                        +0(%r14):string    "r", "w" or "rw"
+
+and all else stays as it was typed, but for `@SYMBOL` of a symbol that is not there: the series accepts it and refuses
+to enable the event. Refused here is only what means something else, or nothing, on a kprobe; the guest's
 own parser judges the rest (types, symbols, immediates). For its answer to make sense to the user, a translation
 remembers which part of the typed text each part of it comes from.
 Syntax: Documentation/trace/kprobetrace.rst and fprobetrace.rst.
@@ -16,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,9 +33,23 @@ from fakefs.wprobe import errors
 from fakefs.wprobe.kstrto import kstrtol
 from fakefs.wprobe.typecast import Structs
 
-ADDRESS_REGISTER = "%orig_ax"
 
-_VARIABLES = {"$addr": ADDRESS_REGISTER, "$value": f"+0({ADDRESS_REGISTER})"}
+class _Variable(NamedTuple):
+    """What stands for a `$` variable, and the type it has alone; `value`: it may be used as an address."""
+
+    text: str
+    type: str | None = None
+    value: bool = True
+
+
+_SERIES = {"$addr": _Variable("%orig_ax"), "$value": _Variable("+0(%orig_ax)", "x64")}
+_EXTENDED = _SERIES | {
+    "$old": _Variable("%r8", "x64"),
+    "$at": _Variable("%r11", "x64"),
+    "$size": _Variable("%r9", "u32", False),
+    "$access": _Variable("+0(%r14)", "string", False),
+}
+_SYMBOL = re.compile(r"@([A-Za-z_][\w.$]*)(?:[+-]|\Z)", re.ASCII)
 _PER_CPU = re.compile(r"this_cpu_(?:read|ptr)\(")
 _MAX_NESTING = 16  # braces; the guest refuses long before that: a fetch argument has at most 16 instructions
 
@@ -79,28 +103,47 @@ class Pieces:
         return carrier + max(0, column - end)
 
 
-def translate(body: str, start: int, structs: Structs) -> tuple[Piece, ...]:
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What there is in the guest: its structures, and whether it has a symbol; `extended` is more than the series."""
+
+    structs: Structs
+    has_symbol: Callable[[str], bool]
+    extended: bool = False
+
+
+class Translated(NamedTuple):
+    """An argument as the carrier has it; `unresolved`: it names a symbol the guest does not have."""
+
+    pieces: tuple[Piece, ...]
+    unresolved: bool
+
+
+def translate(body: str, start: int, guest: Guest) -> Translated:
     """Translate the argument `body` (no name, type included), which stands at column `start` of the user's line.
 
     Raises `Refused`, whose column is one of that line.
     """
     expression, colon, _ = body.partition(":")
-    translation = _Translation(body, start, structs)
+    translation = _Translation(body, start, guest)
     translation.operand(0, len(expression), 0)
     if colon:
         translation.copy(len(expression), len(body))
     elif translation.fetch_type:
         translation.replace(len(body), len(body), f":{translation.fetch_type}")
-    return tuple(translation.pieces)
+    return Translated(tuple(translation.pieces), translation.unresolved)
 
 
 class _Translation:
     """One argument on its way. Columns are those of its body."""
 
-    def __init__(self, body: str, start: int, structs: Structs) -> None:
+    def __init__(self, body: str, start: int, guest: Guest) -> None:
         self._body = body
         self._start = start
-        self._structs = structs
+        self._structs = guest.structs
+        self._has_symbol = guest.has_symbol
+        self._variables = _EXTENDED if guest.extended else _SERIES
+        self.unresolved = False
         self.pieces: list[Piece] = []
         self.fetch_type: str | None = None  # of the whole argument, if it is ours to say
 
@@ -126,6 +169,9 @@ class _Translation:
             self._within(begin, found.end(), end, depth)
         elif first.isascii() and (first.isalpha() or first == "_"):
             raise self._refused(errors.NOSUP_BTFARG, begin)
+        elif (found := _SYMBOL.match(self._body[begin:end])) and not self._has_symbol(found[1]):
+            self.unresolved = True
+            self.replace(begin, end, "@0xffffffffffffffff")
         else:
             self.copy(begin, end)
 
@@ -133,12 +179,12 @@ class _Translation:
         return Refused(text, self._start + column, number)
 
     def _variable(self, begin: int, end: int, depth: int) -> None:
-        name = self._body[begin:end]
-        if name not in _VARIABLES:
+        variable = self._variables.get(self._body[begin:end])
+        if variable is None or (depth and not variable.value):
             raise self._refused(errors.BAD_VAR, begin)
-        self.replace(begin, end, _VARIABLES[name])
-        if name == "$value" and not depth:
-            self.fetch_type = "x64"
+        self.replace(begin, end, variable.text)
+        if not depth:
+            self.fetch_type = variable.type
 
     def _dereference(self, begin: int, end: int, depth: int) -> None:
         brace = self._body.find("(", begin, end)
@@ -166,7 +212,8 @@ class _Translation:
             raise self._refused(errors.DEREF_OPEN_BRACE, begin + 1)
         arrow = self._body.find("->", close, end)
         base = self._body[close + 1 : arrow if arrow >= 0 else end]
-        if base not in _VARIABLES:
+        variable = self._variables.get(base)
+        if variable is None or not variable.value:
             bare = base[:1].isascii() and (base[:1].isalpha() or base[:1] == "_")
             raise self._refused(errors.NOSUP_BTFARG if bare else errors.BAD_VAR, close + 1)
         if arrow < 0:
@@ -182,7 +229,7 @@ class _Translation:
                 raise self._refused(errors.NO_BTF_FIELD, begin + 2 + len(struct), errno.ENOENT)
             back = anchor.offset
 
-        text = _VARIABLES[base]
+        text = variable.text
         column = arrow + 2
         pointee: str | None = struct
         for path in self._body[column:end].split("->"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import ClassVar
 
 from emulator.cpu.watchpoints import Access
@@ -18,15 +19,15 @@ from emulator.guest import Guest
 from emulator.kernel.facts import Facts
 from emulator.memory import BadAddress
 from fakefs.wprobe.carrier import Carriers
-from fakefs.wprobe.definition import Definition
+from fakefs.wprobe.definition import TASK_SIZE, Definition
+from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.trigger import Trigger
+from fakefs.wprobe.wprobe import Attached, Slot, Wprobe
 
 _WORD = (1 << 64) - 1
 _REGISTER, _UNREGISTER = 0, 1  # enum trace_reg
-_TASK_SIZE = 0x7FFF_FFFF_F000
+_UNLIMITED = (1 << 32) - 1  # the count of a trigger that has none
 STRICT_REGISTERS = 4
-# What the kernel's own #DB handler reads, and so keeps debug registers off.
-_READ_BY_HANDLER = ("__per_cpu_offset",)
 _ACCESS = {"r": Access.READ, "w": Access.WRITE, "rw": Access.READ | Access.WRITE}
 
 
@@ -46,6 +47,8 @@ class TableFacts(Facts):
     file: int  # in enable_trigger_data
     enable: int
     event_call: int  # in trace_event_file
+    file_flags: int
+    soft_disabled: int  # a bit of these flags
 
 
 def table_facts(guest: Guest) -> TableFacts | None:
@@ -65,6 +68,8 @@ def table_facts(guest: Guest) -> TableFacts | None:
             file=btf.offsetof("enable_trigger_data", "file"),
             enable=btf.offsetof("enable_trigger_data", "enable"),
             event_call=btf.offsetof("trace_event_file", "event_call"),
+            file_flags=btf.offsetof("trace_event_file", "flags"),
+            soft_disabled=btf.constant("EVENT_FILE_FL_SOFT_DISABLED"),
         )
     except (KeyError, BtfLookupError):
         return None
@@ -74,60 +79,25 @@ def _address(guest: Guest, name: str) -> int:
     return next((each.address for each in guest.symbols.find(name)), 0)
 
 
-@dataclass(eq=False)
-class Wprobe:
-    """A wprobe. `address` is what it watches when enabled, None while it is parked; `users` have it enabled."""
+class _Moved(Enum):
+    """What a set or clear trigger has done to its wprobe."""
 
-    definition: Definition
-    kprobe: int
-    call: int  # its trace_event_call in the guest
-    address: int | None
-    watchpoint: int | None = None
-    users: int = 0
-    missed: int = 0
-    triggers: int = 0  # set and clear triggers that refer to it
-
-    @property
-    def in_use(self) -> bool:
-        """Is it enabled in any way, soft-enabled by a trigger included?"""
-        return self.users > 0
-
-    def show(self) -> str:
-        """Return its line in dynamic_events."""
-        definition = self.definition
-        return definition.show(definition.dummy_address if self.address is None else self.address)
-
-
-@dataclass(eq=False)
-class Attached:
-    """A trigger on an event file. `event_id` is that event's, `field` the offset of the value in its records."""
-
-    path: bytes  # of the trigger file
-    trigger: Trigger
-    target: Wprobe
-    event_id: int
-    field: int | None
-    second: bool = False  # the event had a trigger for this wprobe before
-
-    @property
-    def command(self) -> str:
-        """The guest's trigger that stands for it. An event takes one enable_event or disable_event for a target.
-
-        enable_hist and disable_hist soft-enable their target too, so a second trigger is one of these.
-        """
-        what = "hist" if self.second else "event"
-        verb = "enable" if self.trigger.kind == "set" else "disable"
-        return f"{verb}_{what}:{self.target.definition.group}:{self.target.definition.event}"
+    NOT = auto()
+    SOME = auto()  # a slot was cleared, others are still watched
+    ALL = auto()
 
 
 class Table:
     """All wprobes of one guest. `strict` behaves like the four debug registers of a real CPU."""
 
-    def __init__(self, guest: Guest, facts: TableFacts, carriers: Carriers, *, strict: bool = False) -> None:
+    def __init__(
+        self, guest: Guest, facts: TableFacts, carriers: Carriers, off_limits: OffLimits, *, strict: bool = False
+    ) -> None:
         self._machine = guest.machine
         self._facts = facts
-        self._strict = strict
+        self.strict = strict
         self.carriers = carriers
+        self.off_limits = off_limits
         self.wprobes: list[Wprobe] = []  # in order of definition
         self.attached: list[Attached] = []
         self._done: int | None = None
@@ -152,7 +122,8 @@ class Table:
         kprobe = self.carriers.find(definition.group, definition.event)
         if kprobe is None:
             raise EmulatorError(f"the carrier of {definition.group}/{definition.event} is not in the guest")
-        wprobe = Wprobe(definition, kprobe, self.carriers.call_of(kprobe), address)
+        slots = [] if address is None else [Slot(address)]
+        wprobe = Wprobe(definition, kprobe, self.carriers.call_of(kprobe), slots)
         self.wprobes.append(wprobe)
         return wprobe
 
@@ -165,23 +136,91 @@ class Table:
         self._disarm(wprobe)
         self.wprobes.remove(wprobe)
 
+    def is_mapped(self, address: int) -> bool:
+        """Is there memory at a guest virtual address now?"""
+        if address + (1 << 47) & _WORD >= 1 << 48:  # not canonical
+            return False
+        try:
+            self._machine.memory.translate(address, self._machine.cpu.read("cr3"))
+        except BadAddress:
+            return False
+        return True
+
+    def attach(self, attached: Attached) -> None:
+        """Take in a trigger that is about to be made in the guest."""
+        self.attached.append(attached)
+        attached.target.triggers += 1
+        attached.target.setters += attached.trigger.kind == "set"
+
+    def detach(self, attached: Attached) -> None:
+        """Forget a trigger that is gone."""
+        self.attached.remove(attached)
+        attached.target.triggers -= 1
+        attached.target.setters -= attached.trigger.kind == "set"
+
     # ---- arming
 
     def _arm(self, wprobe: Wprobe) -> None:
-        if wprobe.watchpoint is None and wprobe.users > 0 and wprobe.address is not None:
-            definition = wprobe.definition
-            access = _ACCESS[definition.access]
-            wprobe.watchpoint = self.carriers.arm(wprobe.kprobe, wprobe.address, definition.length, access)
+        """Watch what is not watched yet, if it is enabled. Raises EmulatorError, with nothing of it watched then."""
+        if not wprobe.users:
+            return
+        definition = wprobe.definition
+        access = _ACCESS[definition.access] | (Access.CHANGE if definition.changes else Access(0))
+        try:
+            for slot in wprobe.slots:
+                if slot.watchpoint is None:
+                    slot.watchpoint = self.carriers.arm(wprobe.kprobe, slot.address, definition.length, access)
+        except EmulatorError:
+            self._disarm(wprobe)
+            raise
 
     def _disarm(self, wprobe: Wprobe) -> None:
-        if wprobe.watchpoint is not None:
-            self.carriers.watchpoints.remove(wprobe.watchpoint)
-            wprobe.watchpoint = None
+        for slot in wprobe.slots:
+            self._disarm_slot(slot)
+
+    def _disarm_slot(self, slot: Slot) -> None:
+        if slot.watchpoint is not None:
+            self.carriers.watchpoints.remove(slot.watchpoint)
+            slot.watchpoint = None
+
+    def _drop(self, wprobe: Wprobe, slot: Slot) -> None:
+        self._disarm_slot(slot)
+        wprobe.slots.remove(slot)
 
     def park(self, wprobe: Wprobe) -> None:
         """Watch nothing until a trigger says what."""
-        wprobe.address = None
         self._disarm(wprobe)
+        wprobe.slots.clear()
+
+    # ---- time
+
+    def _set_alarm(self, wprobe: Wprobe) -> None:
+        """See to it that `_on_alarm` comes when the first of its slots has to end."""
+        ends = [slot.until for slot in wprobe.slots if slot.until is not None]
+        if ends and not wprobe.alarm:
+            wprobe.alarm = True
+            self._machine.alarm(min(ends), lambda: self._on_alarm(wprobe))
+
+    def _on_alarm(self, wprobe: Wprobe) -> None:
+        wprobe.alarm = False
+        now = self._machine.cpu.now
+        for slot in [slot for slot in wprobe.slots if slot.until is not None and slot.until <= now]:
+            self._drop(wprobe, slot)
+            wprobe.expired += 1
+            if not wprobe.slots:
+                self._soft_disable(wprobe)
+        self._set_alarm(wprobe)
+
+    def _soft_disable(self, wprobe: Wprobe) -> None:
+        """Do what a clear trigger's kernel part does, so that `enable` says that nothing is watched."""
+        for file in {each.target_file for each in self.attached if each.target is wprobe and each.target_file}:
+            at = file + self._facts.file_flags
+            try:
+                cr3 = self._machine.cpu.read("cr3")
+                where = self._machine.memory.translate(at, cr3)
+            except BadAddress:
+                continue
+            self._machine.memory.write_u64(where, self._machine.memory.read_u64(where) | self._facts.soft_disabled)
 
     # ---- inside the guest
 
@@ -212,13 +251,20 @@ class Table:
         return False
 
     def _refusal(self, wprobe: Wprobe) -> int:
-        """Return the errno enabling gives on a real CPU; 0 when it can be done."""
-        if not self._strict or wprobe.users:
+        """Return the errno enabling gives; 0 when it can be done."""
+        if wprobe.users:
             return 0
-        if wprobe.definition.symbol in _READ_BY_HANDLER:
+        definition, address = wprobe.definition, wprobe.address
+        if definition.unresolved:
+            return errno.ENOENT
+        if address is not None and self.off_limits(address, definition.length):
             return errno.EINVAL
-        if wprobe.definition.access == "r":
+        if not self.strict:
+            return 0
+        if definition.access == "r":
             return errno.EINVAL  # DR7 knows writes, and reads together with writes
+        if address is not None and self.off_limits.strictly(address, definition.length):
+            return errno.EINVAL
         taken = sum(1 for other in self.wprobes if other.users)
         return errno.ENOSPC if taken >= STRICT_REGISTERS else 0
 
@@ -230,29 +276,33 @@ class Table:
     def _on_trigger(self) -> bool:
         """event_enable_trigger(data, buffer, rec, event): the event of a set or clear trigger has passed its filter.
 
-        When the watchpoint is moved, the kernel's own part follows: it sets or clears the target's soft-disabled bit.
+        When the wprobe is moved, the kernel's own part follows: it sets or clears the target's soft-disabled bit.
         """
-        cpu = self._machine.cpu
-        data = cpu.read("rdi")
-        if self._done == data and cpu.read("rip") == self._facts.enable_trigger:
-            self._done = None  # the counting variant, dealt with, calls the plain one
+        cpu, facts = self._machine.cpu, self._facts
+        data, counts = cpu.read("rdi"), cpu.read("rip") == facts.enable_count_trigger
+        if self._done == data and not counts:
+            self._done = None  # the counting variant, dealt with, has become the plain one
             return False
         try:
             found = self._attached_for(data, cpu.read("rdx"))
             if found is None:
                 return False
             attached, value = found
-            if cpu.read("rip") == self._facts.enable_count_trigger and self._word(data + self._facts.count, 4) == 0:
-                return False
+            count = self._word(data + facts.count, 4) if counts else _UNLIMITED
         except BadAddress:
             return False
-        target = attached.target
-        if not self._switch(attached.trigger, target, value):
-            target.missed += 1
+        moved = self._switch(attached.trigger, attached.target, value) if count else _Moved.NOT
+        if moved is _Moved.NOT:
+            attached.target.missed += count != 0
             return self._return(0)
-        if cpu.read("rip") == self._facts.enable_count_trigger:
+        if count != _UNLIMITED:
+            self._put(data + facts.count, count - 1)
+        if moved is _Moved.SOME:
+            return self._return(0)
+        if counts:
             self._done = data
-        return False
+            cpu.write("rip", facts.enable_trigger)
+        return counts
 
     def _on_hist_trigger(self) -> bool:
         """hist_enable_trigger(data, buffer, rec, event): what is ours goes on as an enable_event trigger."""
@@ -269,7 +319,8 @@ class Table:
     def _attached_for(self, data: int, record: int) -> tuple[Attached, int | None] | None:
         facts = self._facts
         private = self._word(data + facts.private_data)
-        call = self._word(self._word(private + facts.file) + facts.event_call)
+        file = self._word(private + facts.file)
+        call = self._word(file + facts.event_call)
         enables = bool(self._word(private + facts.enable, 1))
         if not record:
             return None
@@ -280,24 +331,56 @@ class Table:
                 and attached.target.call == call
                 and (attached.trigger.kind == "set") == enables
             ):
+                attached.target_file = file
                 return attached, None if attached.field is None else self._word(record + attached.field)
         return None
 
-    def _switch(self, trigger: Trigger, target: Wprobe, value: int | None) -> bool:
-        """Arm or park a wprobe; False when it is not in a state for that, or the value no address to watch."""
+    def _switch(self, trigger: Trigger, target: Wprobe, value: int | None) -> _Moved:
+        """Watch another object, or no more: NOT when the wprobe is in no state for that, or it cannot be watched."""
         address = None if value is None else value + trigger.adjust & _WORD
         if trigger.kind == "set":
-            if target.address is not None or address is None:
-                return False
-            if address <= _TASK_SIZE or address % target.definition.length:
-                return False
-            target.address = address
+            return _Moved.NOT if address is None else self._set(trigger, target, address)
+        if address is None:
+            cleared = list(target.slots)
+        else:
+            slot = target.slot_of(address)
+            cleared = [] if slot is None else [slot]
+        if not cleared:
+            return _Moved.NOT
+        for slot in cleared:
+            self._drop(target, slot)
+        return _Moved.SOME if target.slots else _Moved.ALL
+
+    def _set(self, trigger: Trigger, target: Wprobe, address: int) -> _Moved:
+        definition = target.definition
+        if (target.slots and not definition.slots) or not self._may_watch(address, definition.length):
+            return _Moved.NOT
+        slot = target.slot_of(address)
+        if slot is None and len(target.slots) == target.capacity:
+            self._drop(target, target.slots[0])
+            target.evicted += 1
+        if slot is not None:
+            target.slots.remove(slot)  # to become the one set last
+        slot = slot or Slot(address)
+        slot.until = self._machine.cpu.now + trigger.timeout if trigger.timeout else None
+        target.slots.append(slot)
+        try:
             self._arm(target)
-            return True
-        if target.address is None or (address is not None and target.address != address):
+        except EmulatorError:  # more than 65,536 watchpoints
+            target.slots.remove(slot)
+            return _Moved.NOT
+        self._set_alarm(target)
+        return _Moved.ALL
+
+    def _may_watch(self, address: int, length: int) -> bool:
+        if address <= TASK_SIZE or address + length > 1 << 64 or (self.strict and address % length):
             return False
-        self.park(target)
-        return True
+        return not self.off_limits(address, length)
+
+    def _put(self, at: int, value: int) -> None:
+        """Write a 32-bit word of the guest's."""
+        where = self._machine.memory.translate(at, self._machine.cpu.read("cr3"))
+        self._machine.memory.write_u32(where, value)
 
     def _word(self, at: int, size: int = 8) -> int:
         return int.from_bytes(self._machine.memory.read_virtual(at, size, self._machine.cpu.read("cr3")), "little")

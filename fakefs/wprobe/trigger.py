@@ -4,7 +4,11 @@
     clear_wprobe:EVENT[:FIELD[+-ADJ]][:COUNT...] [if FILTER]
 
 FIELD may be a typecast, `(STRUCT[,ASGN])FIELD->MEMBER[.SUB...]`: nothing but an offset to add, and read back as one.
-A leading `!` removes. FILTER is the guest's to judge. Follows the wprobe series, v18.
+A leading `!` removes. FILTER is the guest's to judge. Follows the wprobe series, v18. With `extended` more is accepted:
+
+    set_wprobe:EVENT:FIELD[+-ADJ][:COUNT...][:timeout=TIME] [if FILTER]     TIME is a number with ns, us, ms or s
+
+and triggers on kprobe events, and any number of set triggers for a wprobe with slots.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class Target(Protocol):
 
     @property
     def in_use(self) -> bool:
-        """Whether it is enabled in any way, soft-enabled by another trigger included."""
+        """Whether it is enabled in any way that forbids another set trigger, soft-enabled by one included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +50,30 @@ class Trigger:
     count: int | None = None
     filter: str | None = None
     remove: bool = False
+    timeout: int = 0  # virtual ns until what it has armed is cleared again; 0: never
 
-    def show(self, missed: int = 0, count: int | None = None) -> str:
-        """Its line in the trigger file. `count` is how often it can still act, `missed` its wprobe's counter."""
+    def show(self, missed: int = 0, count: int | None = None, slots: str = "") -> str:
+        """Its line in the trigger file. `count` is how often it can still act; the others are its wprobe's comments."""
         left = self.count if count is None else count
         words = [f"{self.kind}_wprobe", self.target]
         if self.field is not None:
             words.append(f"{self.field}{self.adjust:+d}")
         words.append("unlimited" if left is None else f"count={left}")
+        if self.timeout:
+            words.append(f"timeout={_show_time(self.timeout)}")
         condition = f" if {self.filter}" if self.filter is not None else ""
-        return ":".join(words) + condition + (f" # missed: {missed}" if missed else "")
+        comment = " ".join([*([slots] if slots else []), *([f"missed: {missed}"] if missed else [])])
+        return ":".join(words) + condition + (f" # {comment}" if comment else "")
+
+
+_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_TIME = re.compile(r"timeout=([1-9][0-9]{0,17})(ns|us|ms|s)")
+_TIME_MAX = 1 << 62
+
+
+def _show_time(ns: int) -> str:
+    unit = next(unit for unit in reversed(_UNITS) if ns % _UNITS[unit] == 0)
+    return f"{ns // _UNITS[unit]}{unit}"
 
 
 def parse(
@@ -65,23 +83,25 @@ def parse(
     *,
     structs: Structs | None = None,
     on_kprobe: bool = False,
+    extended: bool = False,
 ) -> Trigger | None:
     """Parse what was written to a trigger file, or None if that is not a trigger of these two kinds.
 
     `fields` are those of the trigger file's event, the common ones included: name to (offset, size) in bytes.
-    `target` finds a wprobe of the group `wprobes` by its event name. Raises `ProbeError`.
+    `target` finds a wprobe of the group `wprobes` by its event name. `on_kprobe` refuses. Raises `ProbeError`.
     """
     line = written.partition("\0")[0].partition("#")[0].strip(_BLANKS)
     command = _COMMAND.match(line)
     if command is None:
         return None
-    parser = _Parser(line, fields, structs or NoStructs())
+    parser = _Parser(line, fields, structs or NoStructs(), extended)
     return parser.parse(command, target, on_kprobe)
 
 
 class _Parser:
-    def __init__(self, line: str, fields: Mapping[str, tuple[int, int]], structs: Structs) -> None:
+    def __init__(self, line: str, fields: Mapping[str, tuple[int, int]], structs: Structs, extended: bool) -> None:
         self._line = line
+        self._extended = extended
         self._shown = line  # as far as the kernel's parser has put no NUL into it yet
         self._fields = fields
         self._structs = structs
@@ -119,8 +139,11 @@ class _Parser:
         else:
             field, adjust = self._field(text, column)
             count_column = column + len(text) + 1
-        count = self._count(number, count_column) if second and not remove else None
-        return Trigger(kind, name, field, adjust, count, None if remove else self._filter(condition), remove)
+        count, timeout = None, 0
+        if second and not remove:
+            with_timeout = self._extended and kind == "set"
+            count, timeout = (self._options if with_timeout else self._only_count)(number, count_column)
+        return Trigger(kind, name, field, adjust, count, None if remove else self._filter(condition), remove, timeout)
 
     def _split(self, start: int) -> tuple[str, str]:
         """The parameter, and what follows it after blanks."""
@@ -135,8 +158,31 @@ class _Parser:
             return True
         return text.startswith(("count=", "unlimited")) and re.split(r"[+-]", text)[0] not in self._fields
 
+    def _only_count(self, text: str, column: int) -> tuple[int | None, int]:
+        """As in the series, to which nothing behind the count means anything."""
+        return self._count(text.partition(":")[0], column), 0
+
+    def _options(self, text: str, column: int) -> tuple[int | None, int]:
+        """A count, a timeout, or one behind the other."""
+        count, timeout = None, 0
+        for number, word in enumerate(text.split(":")):
+            if word.startswith("timeout=") and not timeout:
+                timeout = self._timeout(word, column)
+            elif number == 0:
+                count = self._count(word, column)
+            else:
+                self._refuse(errors.BAD_TIMEOUT, column)
+            column += len(word) + 1
+        return count, timeout
+
+    def _timeout(self, word: str, column: int) -> int:
+        found = _TIME.fullmatch(word)
+        timeout = int(found[1]) * _UNITS[found[2]] if found else 0
+        if not 0 < timeout < _TIME_MAX:
+            self._refuse(errors.BAD_TIMEOUT, column)
+        return timeout
+
     def _count(self, text: str, column: int) -> int | None:
-        text = text.partition(":")[0]
         if text == "unlimited":
             return None
         count = kstrtoul(text.removeprefix("count="))

@@ -16,7 +16,7 @@ import pytest
 from fakefs import mountpoint
 from tests.mount.conftest import MakeMount
 from tests.mount.golden_cases import errnos
-from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, Result, running, until
 
 PROMPT = 0.05
 """Seconds a signal may take to end a reader on a quiet machine; a busy one gets some tries."""
@@ -282,6 +282,29 @@ def test_chmod_and_chown_last(m: Mounted) -> None:
         chmod 640 tracing_thresh; chown 0:0 tracing_thresh; stat -c '%a %u %g' tracing_thresh
     """)
     assert (done.stdout, done.stderr) == ("0\n604 12 34\n640 0 0\n", "")
+
+
+def test_mount_options_are_the_guests(new_mount: MakeMount) -> None:
+    """As on a tracefs: for every file that is there, for later ones too, and what chgrp says lasts."""
+    files = ". events events/sched/sched_switch/enable tracing_on"
+    show = f"stat -c %g {files} | uniq; stat -c %a ."
+    m = new_mount("-o", "gid=11,mode=0711")
+    done = m.sh(f"{show}; mkdir instances/i; stat -c %g instances/i instances/i/events; rmdir instances/i")
+    assert done == Result("11\n711\n11\n11\n", "", 0)
+    assert m.fakefs("mount", "-o", "remount,gid=12,mode=750", str(m.path)).stderr == ""
+    assert m.sh(show).stdout == "12\n750\n"
+    done = m.sh("chgrp 13 events; chmod 600 tracing_on; stat -c '%g %a' events tracing_on events/sched")
+    assert done == Result("13 755\n12 600\n12 755\n", "", 0)
+    done_ = m.fakefs("mount", "-o", "remount,gid=x", str(m.path))
+    assert (done_.returncode, done_.stderr) == (1, "fakefs: mount option 'gid=x': not a number (0 to 4294967294)\n")
+    m.stop()
+
+
+def test_attributes_changed_inside_show(m: Mounted) -> None:
+    """What the host's kernel was told will last is asked for anew after a program ran in the guest."""
+    assert m.sh("stat -c %a tracing_on").stdout == "640\n"
+    m.exec("chmod", "604", "/sys/kernel/tracing/tracing_on")
+    assert m.sh("stat -c %a tracing_on; chmod 640 tracing_on").stdout == "604\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

@@ -8,82 +8,21 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import stat
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fakefs import kernels, namespace
-from fakefs.errors import UserError
+from fakefs import kernels
 from fakefs.shadow import read_comm
-from fakefs.view import View, check_inherited
-from tests.mount.conftest import MakeMount
+from tests.mount.conftest import MakeMount, Run
 from tests.mounted import FAKEFS, PATIENCE, running, until
 
 FUSE_MAGIC = "65735546"
 NO_KERNEL = "fakefs: /nowhere: no such file; give a vmlinuz or vmlinux: fakefs kernel list\n"
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
-
-@dataclass(frozen=True)
-class User:
-    """An ordinary user: what to put before a command so that it runs it, and a kernel that it may read."""
-
-    before: list[str]
-    kernel: Path
-
-
-@pytest.fixture(scope="session")
-def user(environment: dict[str, str], kernel_path: Path) -> Iterator[User]:
-    """uid 1000, with caches of its own and a /dev/fuse for everybody; not in pytest's directories, root's alone."""
-    with tempfile.TemporaryDirectory(prefix="fakefs-test-") as base:
-        home, fuse = Path(base), Path(base, "fuse")
-        os.mknod(fuse, 0o666 | stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
-        fuse.chmod(0o666)
-        kernel = home / "vmlinuz"
-        kernel.write_bytes(kernel_path.read_bytes())
-        for path in (home, kernel):
-            os.chown(path, 1000, 1000)
-        variables = f"HOME={home} FAKEFS_CACHE={home}/cache XDG_RUNTIME_DIR={home} XDG_CACHE_HOME={home}"
-        script = f'mount --bind {fuse} /dev/fuse && exec env {variables} setpriv "$@"'
-        ids = ("--reuid=1000", "--regid=1000", "--clear-groups")
-        yield User(["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *ids], kernel)
-
-
-@pytest.fixture(params=["root", "user"])
-def run(request: pytest.FixtureRequest, environment: dict[str, str], kernel_path: Path) -> Run:
-    """Run a bash script by `fakefs run`."""
-    if os.geteuid() != 0 and request.param == "root":
-        pytest.skip("this is not root")
-    other = request.param == "user" and os.geteuid() == 0
-    who: User = request.getfixturevalue("user") if other else User([], kernel_path)
-
-    def run_script(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-        argv = [*who.before, *FAKEFS, "run", "--kernel", str(who.kernel), *options, "--", "bash", "-c", script]
-        return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-    first = run_script("true")  # boots if need be, and says so
-    assert first.returncode == 0, first.stderr
-    return run_script
-
-
-@pytest.fixture(autouse=True)
-def _host_unchanged() -> object:
-    """Mounts of this machine are the same before and after, and so are a few of its settings."""
-    before = _host()
-    yield
-    assert _host() == before
-
-
-def _host() -> tuple[list[str], str, str]:
-    with open("/proc/self/mountinfo") as file:
-        mounts = [line for line in file if "fuse" not in line]  # other tests have theirs
-    return mounts, Path("/proc/sys/kernel/panic").read_text(), os.readlink("/proc/self/ns/mnt")
+pytestmark = pytest.mark.usefixtures("host_unchanged")
 
 
 def test_usual_paths(run: Run) -> None:
@@ -126,71 +65,47 @@ def test_process_ids_are_the_guests(run: Run) -> None:
 
 def test_mount_and_umount(run: Run) -> None:
     done = run("""
+        tracefs() { awk '$3 == "tracefs" {print $2}' /proc/mounts | xargs; }
         cd "$(mktemp -d)" && mkdir m
         mount -t tracefs nodev m && stat -f -c %t m && cat m/current_tracer
-        grep -c "tracefs $PWD/m tracefs" /proc/mounts
+        tracefs | sed "s:$PWD:HERE:"
         umount m && ls m && rmdir m "$PWD"; cd /
-        umount /sys/kernel/tracing && mount -t tracefs nodev /sys/kernel/tracing && cat /sys/kernel/tracing/tracing_on
+        umount /sys/kernel/tracing && ls /sys/kernel/tracing; tracefs
+        mount -t tracefs nodev /sys/kernel/tracing && cat /sys/kernel/tracing/tracing_on; tracefs
+        mount -t tracefs nodev /sys/kernel/tracing 2>/dev/null; echo $?
+        umount -l /sys/kernel/debug; ls /sys/kernel/debug; mount -t debugfs x /sys/kernel/debug
+        cat /sys/kernel/debug/kprobes/enabled
     """)
-    assert (done.stderr, done.stdout, done.returncode) == ("", f"{FUSE_MAGIC}\nnop\n1\n1\n", 0)
+    usual = "/sys/kernel/tracing", "/sys/kernel/debug/tracing"
+    expected = [FUSE_MAGIC, "nop", " ".join([*usual, "HERE/m"]), usual[1], "1", " ".join(usual[::-1]), "32", "1"]
+    assert (done.stderr, done.stdout.splitlines(), done.returncode) == ("", expected, 0)
 
 
-def test_the_hosts_tracefs_is_out_of_reach(run: Run) -> None:
-    """Neither mounting nor unmounting nor other processes lead there."""
+def test_remount(run: Run) -> None:
+    """The guest's own tracefs takes the options; with ids of others only root can make anything of them."""
     done = run("""
-        cd "$(mktemp -d)" && mkdir m
-        for kind in tracefs debugfs sysfs; do
-            mount -i -t $kind none m 2>/dev/null && { echo "$kind could be mounted"; stat -f -c %t m; }
-        done
-        rmdir m "$PWD"
-        for i in 1 2 3 4; do umount /sys/kernel/tracing; umount -l /sys/kernel/debug; umount -l /sys/kernel
-            umount -R -l /sys; done 2>/dev/null
-        for place in /sys/kernel/tracing /sys/kernel/debug/tracing /sys/kernel/debug /proc/[0-9]*/root/sys/kernel/*; do
-            type=$(stat -f -c %t "$place" 2>/dev/null)
-            case $type in 74726163|64626720) echo "$place is the host's";; esac
-        done
-        for pid in 1 $PPID; do nsenter -t $pid -m true 2>/dev/null && [ $pid != $$ ] && echo "entered $pid"; done
-        awk '$3 == "tracefs" || $3 == "debugfs"' /proc/self/mounts
-        true
+        cd /sys/kernel/tracing
+        options=$(mount | grep -m1 /sys/kernel/tracing | sed 's/.*(\\(.*\\)).*/\\1/')
+        mount -t tracefs -o "remount,$options,mode=755" nodev /sys/kernel/tracing; stat -c %a . events
+        mount -o remount,mode=711 . ; stat -c %a .
+        chmod 600 tracing_on; stat -c %a tracing_on
+        mount -o remount,gid=x .; echo $?
+        mount -o remount,mode=700 /proc/sys; echo $?
     """)
-    assert (done.stdout, done.returncode) == ("", 0)
+    wrong = ["mount.fuse.fakefs: mount option 'gid=x': not a number (0 to 4294967294)"]
+    assert done.stderr.splitlines() == [*wrong, "mount.fuse.fakefs: /proc/sys: not mounted"]
+    assert done.stdout.split() == ["755", "755", "711", "600", "32", "32"]
 
 
-def test_a_tracefs_of_the_hosts_elsewhere_is_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in for it is a ramfs: this test touches no real one."""
-    monkeypatch.setattr(namespace, "HOST_TRACING", {0x858458F6: "ramfs"})
-    place, private = tmp_path / "tracing", tmp_path / "private"
-    place.mkdir()
-    private.mkdir()
-
-    def outer() -> int:
-        namespace.mount("ramfs", place)
-        (place / "trace").touch()
-        View(private).protect(new_pids=False)
-        return 0 if list(place.iterdir()) == [] else 1
-
-    assert os.waitpid(namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, outer), 0)[1] == 0
-
-
-def test_an_open_directory_of_the_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespace, "HOST_TRACING", {0x9FA0: "procfs"})
-    fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with pytest.raises(UserError, match=f"descriptor {fd} is open in the host's procfs"):
-            check_inherited()
-    finally:
-        os.close(fd)
-
-
-def test_the_hosts_settings_stay(run: Run) -> None:
+def test_the_machine_is_the_guests(run: Run, kernel_path: Path) -> None:
     done = run("""
-        echo 77 > /proc/sys/kernel/panic; cat /proc/sys/kernel/panic
-        for file in /sys/power/state /sys/kernel/../block/*/queue/read_ahead_kb /proc/sysrq-trigger /proc/irq/*/x; do
-            [ -e $file ] && (echo h > $file) 2>/dev/null && echo "wrote $file"
-        done
-        true
+        uname -r; uname -v; uname -a; nproc; nproc --all; getconf _NPROCESSORS_ONLN
+        cat /proc/sys/kernel/osrelease /proc/sys/kernel/version
     """)
-    assert done.stdout == "77\n"  # the guest's
+    release, version, everything, *counts, osrelease, osversion = done.stdout.splitlines()
+    host = os.uname()
+    assert (release, version, counts, done.stderr) == (osrelease, osversion, ["1", "1", "1"], "")
+    assert everything.startswith(f"{host.sysname} {host.nodename} {release} {version} {host.machine}")
 
 
 @pytest.mark.parametrize(

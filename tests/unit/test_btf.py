@@ -482,3 +482,16 @@ def test_enumerations_are_read_back(values: dict[str, int]) -> None:
     btf = Btf(bytes(w))
     assert btf.enum("wide").values == values
     assert btf.enum("narrow").values == narrow
+
+
+def test_a_constant_is_found_without_the_name_of_its_enumeration() -> None:
+    w = BtfWriter()
+    w.enum("", {"FIRST": 1})
+    w.struct("SECOND", 4, [])  # the same name, of something else
+    w.enum("", {"ZERO": 0, "SECOND": 64})
+    w.enum64("wide", {"THIRD": 1 << 40}, signed=False)
+    btf = Btf(bytes(w))
+    assert [btf.constant(name) for name in ("FIRST", "SECOND", "ZERO", "THIRD")] == [1, 64, 0, 1 << 40]
+    for name in ("wide", "FOURTH", ""):
+        with pytest.raises(BtfLookupError):
+            btf.constant(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
 from fakefs.errors import UserError
-from fakefs.files import Stat
 from fakefs.fuse.options import MountOptions
 
 IDS = some.none() | some.integers(0, 0xFFFF_FFFE)
@@ -30,6 +30,8 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 def test_what_mount_and_fstab_add_changes_nothing() -> None:
     assert MountOptions.parse("rw,nosuid,nodev,noexec,relatime,defaults, nofail,") == MountOptions()
     assert MountOptions.parse("ro,gid=5,gid=6,rw,mode=0755") == MountOptions(gid=6, mode=0o755)
+    fuse = "rw,nosuid,nodev,noexec,relatime,user_id=0,group_id=0,default_permissions,allow_other,remount"
+    assert MountOptions.parse(fuse) == MountOptions()
 
 
 @pytest.mark.parametrize(
@@ -43,10 +45,6 @@ def test_refused(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_applied_to_what_the_guest_says() -> None:
-    stat = Stat(0o40700, 2, 1, 2, 0, 7, 4096, 0, 0, 0)
-    assert MountOptions().apply(stat, is_root=True) is stat
-    shown = MountOptions(uid=3, mode=0o1755).apply(stat, is_root=True)
-    assert (shown.mode, shown.uid, shown.gid) == (0o41755, 3, 2)
-    shown = MountOptions(gid=4, mode=0o755).apply(stat)
-    assert (shown.mode, shown.uid, shown.gid) == (0o40700, 1, 4)
+@given(OPTIONS)
+def test_the_guest_is_told_all_but_ro(options: MountOptions) -> None:
+    assert MountOptions.parse(options.for_guest()) == replace(options, ro=False)

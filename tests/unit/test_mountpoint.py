@@ -32,7 +32,17 @@ def test_mountinfo(mounts: list[tuple[bytes, bytes]], optional: bytes) -> None:
         b"36 35 98:0 / " + escape(directory) + b" rw,noatime " + optional + b"- fuse.x " + escape(source) + b" rw\n"
         for directory, source in mounts
     ]
-    assert parse_mountinfo(b"".join(lines)) == [Mount(directory, "fuse.x", source) for directory, source in mounts]
+    assert parse_mountinfo(b"".join(lines)) == [
+        Mount(directory, "fuse.x", source, 36, b"98:0", b"/", b"rw,noatime", b"rw") for directory, source in mounts
+    ]
+
+
+def test_mounts_are_shown_as_the_kernel_shows_them() -> None:
+    mounts = Path("/proc/self/mounts")
+    shown = mounts.read_bytes(), Path("/proc/self/mountinfo").read_bytes(), mounts.read_bytes()
+    while shown[0] != shown[2]:  # somebody has mounted something in between
+        shown = mounts.read_bytes(), Path("/proc/self/mountinfo").read_bytes(), mounts.read_bytes()
+    assert b"".join(map(bytes, parse_mountinfo(shown[1]))) == shown[0]
 
 
 def test_an_empty_directory_will_do(tmp_path: Path) -> None:

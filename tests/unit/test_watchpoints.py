@@ -165,6 +165,52 @@ def test_one_instruction_several_watchpoints(bench: Bench) -> None:
     assert len({hit.ip for hit in hits}) == 1
 
 
+def test_however_many_an_instruction_hits(bench: Bench) -> None:
+    """Overlapping ranges, some across a page boundary: each reports, once, in the order of their numbers."""
+    watch = watchpoints(bench)
+    base = DATA + PAGE - 4
+    for number in range(500):
+        watch.add(base - number % 50, 60, W, Kind.STOP, number)
+    hits = hits_of(bench, f"movq $1, {base}")
+    assert [hit.token for hit in hits] == list(range(500))
+    assert {(hit.address, hit.length, hit.access) for hit in hits} == {(base, 8, W)}
+
+
+def test_the_value_before(bench: Bench) -> None:
+    """Of a variable from its start, of more than 8 bytes from the first one accessed."""
+    watch = watchpoints(bench)
+    for number in range(16):
+        bench.memory.write_u64(DATA + 8 * number, 0x1000 + number)
+    watch.add(DATA, 8, W, Kind.STOP, 1)
+    watch.add(DATA + 8, 100, RW, Kind.STOP, 2)
+    program = f"movl $5, {DATA + 4}\n movl $6, {DATA + 32}\n movq $7, {DATA + 4}\n mov {DATA + 36}, %eax"
+    assert [(hit.token, hit.address, hit.old) for hit in hits_of(bench, program)] == [
+        (1, DATA + 4, 0x1000),
+        (2, DATA + 32, 0x1004),
+        (1, DATA + 4, 0x500001000),
+        (2, DATA + 4, 0x1001),  # from the range's first byte on
+        (2, DATA + 36, 0x100500000000),
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 8, 300])
+def test_only_changes(bench: Bench, length: int) -> None:
+    watch = watchpoints(bench)
+    watch.add(DATA + PAGE - 1, length, W | Access.CHANGE, Kind.STOP)
+    at = DATA + PAGE - 1
+    program = f"movb $1, {at}\n movb $1, {at}\n mov {at}, %al\n movb $2, {at}\n movw $0x0102, {at - 1}\n decb {at}"
+    hits = hits_of(bench, program + f"\n lock xaddb %dl, {at}\n movl $0, {at - 4}")
+    assert [hit.old & 0xFF for hit in hits] == [0, 1, 2, 1]
+
+
+def test_a_change_and_a_write(bench: Bench) -> None:
+    watch = watchpoints(bench)
+    watch.add(DATA, 8, W | Access.CHANGE, Kind.STOP, 1)
+    watch.add(DATA, 8, W, Kind.STOP, 2)
+    hits = hits_of(bench, f"movq $3, {DATA}\n movq $3, {DATA}\n movq $4, {DATA}")
+    assert [hit.token for hit in hits] == [1, 2, 2, 1, 2]
+
+
 def test_source_and_destination(bench: Bench) -> None:
     watch = watchpoints(bench)
     watch.add(DATA, 8, R, Kind.STOP, 1)

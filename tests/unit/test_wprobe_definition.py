@@ -202,7 +202,7 @@ def test_carrier(arg: str, carried: str) -> None:
             "Symbol String doesn't accept data/userdata",
         ),
         ("w:ev w@jiffies a=$value:^foo", "foo", "Unknown type is specified"),
-        ("w:ev w@jiffies v=(task_struct)$addr->pid b=^@nosuch", "@nosuch", "whatever"),
+        ("w:ev w@jiffies v=(task_struct)$addr->pid b=^@jiffies+", "@jiffies+", "whatever"),
         ("w w@jiffies v=$value ^b=\\x", "b=", "whatever"),
         ("w:ev w@jiffies v=^$value w=$addr", "%orig_ax):x64", "whatever"),
         ("w:ev w@jiffies v=$value^ w=$addr", ":x64", "whatever"),
