@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CORE = ["core", "watch", "watch_hits", "watch_table", "paging", "operand", "redirect", "smc", "plt"]
+CORE = ["core", "watch", "watch_hits", "watch_table", "paging", "operand", "redirect", "smc", "translate", "plt"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 LIBRARY = ["-O2", "-g", "-fPIC", "-shared", "-Wl,-z,relro,-z,now"]
 FREESTANDING = [

@@ -1,4 +1,4 @@
-"""The ctypes mirror of the native part: `struct core` and what is in it (native/core.h, watch.h, redirect.h)."""
+"""The ctypes mirror of the native part: `struct core` and what is in it (native/core.h and what that includes)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ OFFSETS = (
 )  # fmt: skip
 WATCH_OFFSETS = ("cpu_cflags_next_tb", "cpu_icount", "env_dr", "env_watchpoint", "env_cr")
 REDIRECT_VALUES = 5  # of enum redirect_value
+TRANSLATE = {
+    "emit_check": "check_exit_request_x86_64",
+    "emit_call": "tcg_gen_callN_x86_64",
+    "check": "helper_check_exit_request_x86_64",
+    "hook_helper": "helper_uc_tracecode",
+    "constant": "tcg_const_i64_x86_64",
+    "new_temp": "tcg_temp_new_internal_x86_64",
+    "free_temp": "tcg_temp_free_internal_x86_64",
+    "new_label": "gen_new_label_x86_64",
+    "op1": "tcg_gen_op1_x86_64",
+    "op3": "tcg_gen_op3_x86_64",
+    "branch": "tcg_gen_brcondi_i64_x86_64",
+}
 
 
 class PollFd(ctypes.Structure):
@@ -112,6 +125,17 @@ class Smc(ctypes.Structure):
     )
 
 
+class Translate(ctypes.Structure):
+    """struct translate; the pointers are those to Unicorn's functions in TRANSLATE."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in TRANSLATE),
+        ("block_hook", c_void_p),
+        ("exit_request", c_void_p),
+        ("left_out", c_uint64),
+    )
+
+
 class Core(ctypes.Structure):
     """struct core."""
 
@@ -149,6 +173,7 @@ class Core(ctypes.Structure):
         ("watch", Watch),
         ("redirect", Redirect),
         ("smc", Smc),
+        ("translate", Translate),
     )
 
 
@@ -178,4 +203,7 @@ def library() -> ctypes.CDLL:
     lib.smc_install.argtypes = lib.smc_detach.argtypes = [POINTER(Core)]
     lib.smc_detach.restype = None
     lib.redirect_install.argtypes = [POINTER(Core)]
+    lib.core_translate.argtypes = [POINTER(Core), c_void_p]
+    lib.translate_detach.argtypes = [POINTER(Core)]
+    lib.translate_detach.restype = None
     return lib

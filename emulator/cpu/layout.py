@@ -20,6 +20,8 @@ _UC_CPU = 440
 _CPU_ENV = 296
 _CPU_INTERRUPT_REQUEST = 28
 _CPU_HALTED = 33176
+_CPU_ICOUNT = 304
+_ICOUNT_WITHIN = 64  # bytes: the word it points to lies just below env
 # QEMU's order of the general registers in env->regs.
 REGS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 _EIP = 128
@@ -69,6 +71,7 @@ class Layout:
     cpu: int
     env: int
     exec_interrupt_slot: int
+    exit_request: int  # the address of a word that is negative when the CPU is to leave translated code
     eip: int = _EIP
     eflags: int = _EFLAGS
     hflags: int = _HFLAGS
@@ -126,7 +129,7 @@ def find(engine: Engine) -> Layout:
         _check_flags(engine, memory, env)
         _check_segments_and_msrs(engine, memory, env)
         slot = _find_exec_interrupt(memory, cpu)
-        layout = Layout(cpu, env, slot)
+        layout = Layout(cpu, env, slot, _find_exit_request(memory, cpu, env))
         _check_features(engine, layout, code)
         _check_running(engine, memory, layout, code)
         return layout
@@ -186,6 +189,13 @@ def _find_exec_interrupt(memory: _Memory, cpu: int) -> int:
     return cpu + at
 
 
+def _find_exit_request(memory: _Memory, cpu: int, env: int) -> int:
+    at = memory.u64(cpu + _CPU_ICOUNT, "the instruction counter")
+    if not env - _ICOUNT_WITHIN <= at < env:
+        raise LayoutError("the instruction counter")
+    return at
+
+
 def _check_features(engine: Engine, layout: Layout, code: int) -> None:
     ctypes.memmove(code, b"\x0f\xa2\xf4", 3)  # cpuid; hlt
     for name, (_, leaf, register) in FEATURE_WORDS.items():
@@ -217,11 +227,16 @@ def _check_running(engine: Engine, memory: _Memory, layout: Layout, code: int) -
         raise LayoutError("the interrupt request word")
     request = ctypes.c_uint32.from_address(at)
     slot = ctypes.c_void_p.from_address(layout.exec_interrupt_slot)
+    exit_request = ctypes.c_int32.from_address(layout.exit_request)
     seen: list[int] = []
+    asked: list[bool] = []
 
     def called(cpu: int, pending: int) -> bool:
         seen.append(cpu)
         request.value = request.value & ~pending
+        asked.append(exit_request.value < 0)
+        engine.stop()
+        asked.append(exit_request.value < 0)
         return False
 
     callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int)(called)
@@ -235,3 +250,5 @@ def _check_running(engine: Engine, memory: _Memory, layout: Layout, code: int) -
         request.value = 0
     if seen != [layout.cpu]:
         raise LayoutError("the interrupt request word")
+    if asked != [False, True]:
+        raise LayoutError("the instruction counter")

@@ -14,7 +14,7 @@ from ctypes import c_uint32, c_uint64, c_void_p
 
 from emulator.cpu import layout as layouts
 from emulator.cpu import libunicorn
-from emulator.cpu.core import OFFSETS, Core, PollFd, library
+from emulator.cpu.core import OFFSETS, TRANSLATE, Core, PollFd, library
 from emulator.cpu.interface import NS_PER_BLOCK, GuestDied, PortIO, Stop
 from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
 from emulator.cpu.watchpoints import CFLAGS_NEXT_TB, Watchpoints
@@ -29,13 +29,16 @@ _HF_INHIBIT_IRQ = 8
 class NativeCPU(UnicornCPU):
     """A CPU of the machine (see `interface.CPU`). One a process for now: QEMU's interrupt routine has no user data."""
 
-    def __init__(self, ports: PortIO, index: int = 0) -> None:
+    def __init__(self, ports: PortIO, index: int = 0, *, plain: bool = False) -> None:
+        """With `plain` the guest's code is translated as Unicorn does it: slower, for comparison."""
         super().__init__(ports, index)
         self.watchpoints: Watchpoints | None = None
         self.no_watchpoints = "there is no RAM yet"
         self.layout = layouts.find(self.engine)
         self._lib = library()
         self._core = self._attach()
+        if not plain:
+            self._leave_out_checks()
         self.engine.hook_ports(self._port_read, self._port_write)
         for name, bits in FEATURES_ON.items():
             ctypes.c_uint64.from_address(self.layout.feature_word(name)).value |= bits
@@ -70,6 +73,13 @@ class NativeCPU(UnicornCPU):
             raise libunicorn.UnicornError("uc_hook_add", error)
         c_void_p.from_address(at.exec_interrupt_slot).value = self._lib.core_interrupt_callback()
         return core
+
+    def _leave_out_checks(self) -> None:
+        for member, symbol in TRANSLATE.items():
+            setattr(self._core.translate, member, libunicorn.address(symbol))
+        error = self._lib.core_translate(self._core, self.layout.exit_request)
+        if error:
+            raise layouts.LayoutError(f"its looks for a stop ({os.strerror(error)})")
 
     def map_ram(self, physical: int, size: int, host_address: int) -> None:
         super().map_ram(physical, size, host_address)
@@ -192,6 +202,7 @@ class NativeCPU(UnicornCPU):
         super().close()
         self._lib.watch_detach(self._core)
         self._lib.smc_detach(self._core)
+        self._lib.translate_detach(self._core)
 
     # ---- state
 

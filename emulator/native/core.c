@@ -106,13 +106,19 @@ static void budget_used(struct core *c)
 		c->budget--; /* it runs now */
 }
 
+static const int32_t never; /* a stop is wanted */
+
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
 	struct core *c = data;
 
-	(void)uc, (void)address, (void)size;
-	if (__builtin_expect(--c->budget < 0, 0))
+	(void)uc, (void)address;
+	/* Without a size it is the call of translate.c, which has counted the block and looks for us at stops. */
+	c->budget -= size != 0;
+	if (__builtin_expect(c->budget < 0, 0))
 		budget_used(c);
+	if (__builtin_expect(*c->translate.exit_request < 0, 0))
+		c->translate.check(c->uc, 0); /* does not come back */
 }
 
 static void on_exception(void *uc, uint32_t vector, void *data)
@@ -257,6 +263,7 @@ int core_attach(struct core *c)
 
 	running = c;
 	c->vector = -1;
+	c->translate.exit_request = &never;
 	err = c->hook_add(c->uc, &handle, HOOK_BLOCK, CALLBACK(on_block), c, 1, 0);
 	if (!err)
 		err = c->hook_add(c->uc, &handle, HOOK_INTR, CALLBACK(on_exception), c, 1, 0);
@@ -271,6 +278,11 @@ int core_attach(struct core *c)
 	if (!err)
 		err = c->hook_add(c->uc, &handle, HOOK_INSN, CALLBACK(on_cpuid), c, 1, 0, INS_CPUID);
 	return err;
+}
+
+int core_translate(struct core *c, const int32_t *exit_request)
+{
+	return translate_install(c, CALLBACK(on_block), exit_request);
 }
 
 /*
@@ -289,6 +301,7 @@ int core_run(struct core *c)
 	else
 		*u32(c->cpu, c->at.cpu_interrupt_request) &= ~CPU_INTERRUPT_HARD;
 	watch_begin_run(c);
+	translate_begin_run(c);
 	grant(c);
 	*halted = 0;
 	c->error = c->emu_start(c->uc, *u64(c->env, c->at.eip), 0, 0, 0);

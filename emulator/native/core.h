@@ -12,6 +12,7 @@
 
 #include "redirect.h"
 #include "smc.h"
+#include "translate.h"
 #include "watch.h"
 
 /* Virtual time: one translation block is this many ns, and the TSC runs at 1 GHz on the same counter. */
@@ -78,6 +79,7 @@ struct core {
 	struct watch watch;
 	struct redirect redirect;
 	struct smc smc;
+	struct translate translate;
 };
 
 /* Our bit in QEMU's interrupt_request (CPU_INTERRUPT_TGT_INT_2, which its x86 does not use). */
@@ -87,6 +89,8 @@ enum { CORE_RDX = 16, CORE_RSP = 32, CORE_RSI = 48, CORE_RDI = 56 };
 
 uint64_t core_size(void);
 int core_attach(struct core *c);
+/* Have blocks counted in the translated code (see translate.h); after core_attach(). 0, or an errno. */
+int core_translate(struct core *c, const int32_t *exit_request);
 int core_run(struct core *c);
 void core_shorten(struct core *c, int64_t deadline_ns);
 int64_t core_now(const struct core *c);

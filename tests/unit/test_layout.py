@@ -18,8 +18,8 @@ from emulator.cpu.libunicorn import Engine
 from emulator.errors import EmulatorError
 
 NATIVE_OFFSETS = (
-    "_UC_CPU", "_CPU_ENV", "_CPU_INTERRUPT_REQUEST", "_CPU_HALTED", "_EIP", "_EFLAGS", "_HFLAGS", "_SEGS",
-    "_STAR", "_LSTAR", "_FMASK", "_TSC_AUX", "_FEATURES",
+    "_UC_CPU", "_CPU_ENV", "_CPU_INTERRUPT_REQUEST", "_CPU_HALTED", "_CPU_ICOUNT", "_EIP", "_EFLAGS", "_HFLAGS",
+    "_SEGS", "_STAR", "_LSTAR", "_FMASK", "_TSC_AUX", "_FEATURES",
 )  # fmt: skip
 CONTEXT_OFFSETS = (
     "RSP", "RCX", "R11", "RIP", "EFLAGS", "HFLAGS", "SEGMENTS", "TR", "GDTR", "IDTR", "CR2", "CR3",
@@ -59,7 +59,7 @@ if name.startswith("FEATURE:"):
 else:
     setattr(layout, name, getattr(layout, name) + off)
     field = name[1:].lower()
-    defaults = dict(zip(layout.Layout.__init__.__code__.co_varnames[4:], layout.Layout.__init__.__defaults__))
+    defaults = dict(zip(layout.Layout.__init__.__code__.co_varnames[5:], layout.Layout.__init__.__defaults__))
     if field in defaults:
         defaults[field] += off
         layout.Layout.__init__.__defaults__ = tuple(defaults.values())
@@ -92,7 +92,7 @@ def test_wrong_native_offset(name: str, off: int) -> None:
 
 def test_every_native_offset_is_tested() -> None:
     ours = {name for name, value in vars(layout).items() if name.startswith("_") and type(value) is int}
-    constants = {"_HF_LMA_CS64", "_HF_TS", "_CR0_TS", "_INTERRUPT_HARD", "_SCRATCH"}
+    constants = {"_HF_LMA_CS64", "_HF_TS", "_CR0_TS", "_INTERRUPT_HARD", "_SCRATCH", "_ICOUNT_WITHIN"}
     assert {name for name in ours if not name.startswith("_MSR")} - constants == set(NATIVE_OFFSETS)
 
 
