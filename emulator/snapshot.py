@@ -21,7 +21,7 @@ from typing import Any
 from emulator.errors import EmulatorError
 from emulator.memory import Memory
 
-FORMAT = 10
+FORMAT = 11
 _MANIFEST_MAX = 1 << 20
 _FILES = ("ram", "cpu", "symbols", "btf")
 

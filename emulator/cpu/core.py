@@ -92,6 +92,7 @@ class Redirect(ctypes.Structure):
     _fields_ = (
         ("notifier", c_uint64),
         ("dispatcher", c_uint64),
+        ("back", c_uint64),
         ("access_names", c_uint64),
         ("die_args_regs", c_uint32),
         ("kprobe_addr", c_uint32),

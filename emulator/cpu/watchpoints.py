@@ -130,6 +130,7 @@ class Watchpoints:
         notifier: int,
         dispatcher: int,
         *,
+        back: int,
         access_names: int,
         die_args_regs: int,
         kprobe_addr: int,
@@ -137,13 +138,14 @@ class Watchpoints:
     ) -> None:
         """Have DEBUG hits handed to the guest's `dispatcher(kprobe, regs)` when its `notifier` is called for a #DB.
 
+        The dispatcher returns to `back`, behind the notifier's first instruction, which must leave the stack alone.
         The hit's token is the kprobe's guest virtual address. At `access_names` the guest has "r", "w" and "rw", 8
         bytes each. The others are byte offsets in the kernel's structures: `lent` are those members of pt_regs that
         carry watched address, address accessed, old value, size and access (enum redirect_value).
         """
         redirect = self._core.redirect
         redirect.notifier, redirect.dispatcher = notifier, dispatcher
-        redirect.access_names = access_names
+        redirect.back, redirect.access_names = back, access_names
         redirect.die_args_regs, redirect.kprobe_addr = die_args_regs, kprobe_addr
         redirect.lent[:] = lent
         if not self.redirecting:

@@ -2,9 +2,12 @@
  * See redirect.h. At the entry of the notifier that the kernel calls for each #DB:
  *
  *   hits to hand over   lend the next hit's kprobe the address of the instruction behind the access, put what is known
- *                       of the hit into the frame, and call the dispatcher, which returns to the notifier's entry,
- *                       and so here
- *   none left           put everything back as it was; the notifier runs
+ *                       of the hit into the frame, and call the dispatcher, which returns to behind the notifier's
+ *                       first instruction, and so here
+ *   none left           put everything back as it was; the notifier runs, from its entry
+ *
+ * Return addresses are looked up one byte before: at the entry itself that would be another function's last, and stack
+ * traces would end there.
  *
  * The members of pt_regs lent are none that a stack trace from the frame needs: orig_ax, which #DB leaves alone, and
  * registers no unwind information refers to.
@@ -51,7 +54,7 @@ static void return_probe(struct core *c)
 }
 
 /* The notifier's own arguments and the frame as they were; its code runs from here. */
-static void finish(struct core *c)
+static void finish(struct core *c, uint64_t at)
 {
 	struct redirect *r = &c->redirect;
 
@@ -62,6 +65,8 @@ static void finish(struct core *c)
 	*reg(c, CORE_RDX) = r->rdx;
 	r->active = 0;
 	c->watch.nhits = 0;
+	if (at != r->notifier)
+		c->set_rip(c->uc, CORE_UC_RIP, &r->notifier);
 }
 
 static int begin(struct core *c)
@@ -101,7 +106,7 @@ static int call_dispatcher(struct core *c, const struct watch_hit *hit)
 	struct redirect *r = &c->redirect;
 	uint64_t stack = *reg(c, CORE_RSP) - 8, dispatcher = r->dispatcher;
 
-	if (!load(c, hit->token + r->kprobe_addr, &r->probe_addr) || !store(c, stack, r->notifier))
+	if (!load(c, hit->token + r->kprobe_addr, &r->probe_addr) || !store(c, stack, r->back))
 		return 0;
 	r->probe = hit->token;
 	store(c, hit->token + r->kprobe_addr, hit->next_ip);
@@ -119,9 +124,9 @@ static void on_notifier(void *uc, uint64_t address, uint32_t size, void *data)
 	struct core *c = data;
 	struct redirect *r = &c->redirect;
 
-	(void)uc, (void)address, (void)size;
+	(void)uc, (void)size;
 	if (!r->active) {
-		if (!c->watch.nhits)
+		if (!c->watch.nhits || address != r->notifier)
 			return;
 		if (!begin(c)) {
 			r->lost += c->watch.nhits;
@@ -140,13 +145,16 @@ static void on_notifier(void *uc, uint64_t address, uint32_t size, void *data)
 			return;
 		r->lost++;
 	}
-	finish(c);
+	finish(c, address);
 }
 
 int redirect_install(struct core *c)
 {
+	const uint64_t places[2] = { c->redirect.notifier, c->redirect.back };
 	uint64_t handle;
+	int error = 0;
 
-	return c->hook_add(c->uc, &handle, HOOK_CODE, (void *)(uintptr_t)on_notifier, c, c->redirect.notifier,
-			   c->redirect.notifier);
+	for (int i = 0; i < 2 && !error && (i == 0 || places[1] != places[0]); i++)
+		error = c->hook_add(c->uc, &handle, HOOK_CODE, (void *)(uintptr_t)on_notifier, c, places[i], places[i]);
+	return error;
 }

@@ -23,6 +23,8 @@ struct redirect {
 	/* Guest virtual addresses; 0 = not in use. */
 	uint64_t notifier;   /* hw_breakpoint_exceptions_notify(nb, val, struct die_args *) */
 	uint64_t dispatcher; /* kprobe_dispatcher(struct kprobe *, struct pt_regs *) */
+	/* Where the dispatcher returns to: behind the notifier's first instruction, or at its entry. */
+	uint64_t back;
 	uint64_t access_names; /* the strings "r", "w" and "rw", 8 bytes each */
 	/* Byte offsets in the kernel's structures. */
 	uint32_t die_args_regs, kprobe_addr;

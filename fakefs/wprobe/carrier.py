@@ -113,11 +113,19 @@ class Carriers:
         watchpoints.redirect(
             facts.notifier,
             facts.dispatcher,
+            back=facts.notifier + self._first_instruction(facts.notifier),
             access_names=guest.agent.place(_ACCESS_NAMES),
             die_args_regs=facts.die_args_regs,
             kprobe_addr=facts.kprobe_addr,
             lent=(facts.pt_regs_orig_ax, facts.pt_regs_r11, facts.pt_regs_r8, facts.pt_regs_r9, facts.pt_regs_r14),
         )
+
+    def _first_instruction(self, function: int) -> int:
+        """Return the length of what functions begin with, ENDBR64 or room for a call; 0 when it is something else."""
+        code = self._machine.memory.read_virtual(function, 5, self._machine.cpu.read("cr3"))
+        if code[:4] in (b"\xf3\x0f\x1e\xfa", b"\x0f\x1f\x40\xd6"):  # the second where it was sealed
+            return 4
+        return 5 if code == b"\x0f\x1f\x44\x00\x00" else 0
 
     def find(self, group: str, event: str) -> int | None:
         """Return the guest address of the kprobe of event `group`/`event`; None when there is none."""

@@ -124,7 +124,9 @@ def translate(body: str, start: int, guest: Guest) -> Translated:
 
     Raises `Refused`, whose column is one of that line.
     """
-    expression, colon, _ = body.partition(":")
+    expression, colon, kind = body.partition(":")
+    if not guest.extended and (expression, kind) == ("$addr", "symstr"):  # to us the symbol that is watched
+        raise Refused(errors.BAD_SYMSTRING, start + len(expression) + 1)
     translation = _Translation(body, start, guest)
     translation.operand(0, len(expression), 0)
     if colon:

@@ -49,9 +49,12 @@ class WprobeFiles(GuestFiles):
         role = role_of(path)
         if role is None:
             return await super().open(caller, path, flags, mode)
-        if flags & os.O_TRUNC and flags & os.O_ACCMODE != os.O_RDONLY and await self._truncate(caller, role, path):
-            flags &= ~os.O_TRUNC
-        return await self.open_text(caller, path, flags, role, mode)
+        truncates = flags & os.O_TRUNC and flags & os.O_ACCMODE != os.O_RDONLY
+        if not truncates or not await self._truncate(caller, role, path):
+            return await self.open_text(caller, path, flags, role, mode)
+        file = await self.open_text(caller, path, flags & ~os.O_TRUNC, role, mode)
+        await super().truncate(caller, path, file, 0)  # which probes see; what the file does on O_TRUNC has been done
+        return file
 
     async def _truncate(self, caller: Caller, role: Role, path: bytes) -> bool:
         """Do what opening with O_TRUNC means for wprobes; True when the guest is not to truncate any more."""

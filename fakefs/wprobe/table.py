@@ -42,6 +42,8 @@ class TableFacts(Facts):
     enable_count_trigger: int  # 0 where the kernel counts elsewhere
     hist_trigger: int  # enable_hist's, with the same arguments
     hist_count_trigger: int
+    count_func: int  # 0 where the triggers do it; enable_event's, and that of all others
+    count_func_others: int
     private_data: int  # in event_trigger_data
     count: int
     file: int  # in enable_trigger_data
@@ -63,6 +65,8 @@ def table_facts(guest: Guest) -> TableFacts | None:
             enable_count_trigger=_address(guest, "event_enable_count_trigger"),
             hist_trigger=_address(guest, "hist_enable_trigger"),
             hist_count_trigger=_address(guest, "hist_enable_count_trigger"),
+            count_func=_address(guest, "event_enable_count_func"),
+            count_func_others=_address(guest, "event_trigger_count"),
             private_data=btf.offsetof("event_trigger_data", "private_data"),
             count=btf.offsetof("event_trigger_data", "count"),
             file=btf.offsetof("enable_trigger_data", "file"),
@@ -107,6 +111,8 @@ class Table:
             machine.trap(address, self._on_trigger, when=lambda: bool(self.attached))
         for address in filter(None, (facts.hist_trigger, facts.hist_count_trigger)):
             machine.trap(address, self._on_hist_trigger, when=lambda: bool(self.attached))
+        for address in filter(None, (facts.count_func, facts.count_func_others)):
+            machine.trap(address, self._on_count, when=lambda: bool(self.attached))
 
     # ---- the table
 
@@ -288,21 +294,30 @@ class Table:
             if found is None:
                 return False
             attached, value = found
-            count = self._word(data + facts.count, 4) if counts else _UNLIMITED
+            count = self._word(data + facts.count, 4)
+            moved = self._switch(attached.trigger, attached.target, value) if count else _Moved.NOT
+            attached.target.missed += moved is _Moved.NOT and count != 0
+            if moved is not _Moved.NOT and count != _UNLIMITED:
+                self._put(data + facts.count, count - 1)
         except BadAddress:
             return False
-        moved = self._switch(attached.trigger, attached.target, value) if count else _Moved.NOT
-        if moved is _Moved.NOT:
-            attached.target.missed += count != 0
-            return self._return(0)
-        if count != _UNLIMITED:
-            self._put(data + facts.count, count - 1)
-        if moved is _Moved.SOME:
+        if moved is not _Moved.ALL:
             return self._return(0)
         if counts:
             self._done = data
             cpu.write("rip", facts.enable_trigger)
         return counts
+
+    def _on_count(self) -> bool:
+        """event_trigger_count(data, buffer, rec, event): may a counted trigger act? Ours count when they do."""
+        cpu = self._machine.cpu
+        try:
+            data = cpu.read("rdi")
+            if self._attached_for(data, cpu.read("rdx")) is None:
+                return False
+            return self._return(int(self._word(data + self._facts.count, 4) != 0))
+        except BadAddress:
+            return False
 
     def _on_hist_trigger(self) -> bool:
         """hist_enable_trigger(data, buffer, rec, event): what is ours goes on as an enable_event trigger."""

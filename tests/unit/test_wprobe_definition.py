@@ -101,6 +101,7 @@ def marked(line: str) -> tuple[str, int]:
         ("w w@jiffies a=(task_struct)^task->pid", errors.NOSUP_BTFARG),
         ("w w@jiffies a=(task_struct)$addr->pid->^pid", errors.NO_PTR_STRCT),
         ("w w@jiffies a=(task_struct)$addr->mm->^pid", errors.NO_BTF_FIELD),
+        ("w w@linux_banner:8 s=+0($addr):string y=$addr:^symstr", errors.BAD_SYMSTRING),
     ],
 )
 def test_error_points_at_the_fault(line: str, text: str) -> None:
@@ -196,11 +197,6 @@ def test_carrier(arg: str, carried: str) -> None:
     ("line", "fault", "text"),
     [
         # What the guest says of the carrier, at `fault` there, and where the wprobe series says it: `^`.
-        (
-            "w:ev w@linux_banner:8 s=+0($addr):string u=+u0($addr):ustring y=$addr:^symstr",
-            "symstr",
-            "Symbol String doesn't accept data/userdata",
-        ),
         ("w:ev w@jiffies a=$value:^foo", "foo", "Unknown type is specified"),
         ("w:ev w@jiffies v=(task_struct)$addr->pid b=^@jiffies+", "@jiffies+", "whatever"),
         ("w w@jiffies v=$value ^b=\\x", "b=", "whatever"),
