@@ -111,8 +111,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--mirror",
             choices=("off", "process", "files"),
-            default="off",
-            help="what programs do that the guest does too: nothing, processes, processes and files",
+            help="what programs do that the guest does too: processes and files (default; off if --deterministic)",
         )
         command.set_defaults(run=_run)
 

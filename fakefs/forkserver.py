@@ -319,6 +319,7 @@ def _run(request: dict[str, Any], order: Order) -> NoReturn:
             append=order.append,
             deterministic=order.deterministic,
             wprobe=order.wprobe,
+            mirror=None,
         )
         status = run_command.run(arguments)
     except Exception as error:

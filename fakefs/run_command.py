@@ -79,7 +79,9 @@ def _errand(arguments: argparse.Namespace, argv: list[str]) -> Errand:
             raise UserError(f"{arguments.mount}: no running mount; start one: fakefs mount {arguments.mount}")
         return Errand(argv, None, mounted=arguments.mount.absolute())
     order = Order(Path(), arguments.kernel, arguments.memory, arguments.append)
-    return Errand(argv, get_guest(order), arguments.deterministic, arguments.wprobe, mirror=arguments.mirror)
+    # Which process comes first is the host's to say: where it may not matter, processes stay outside.
+    mirror = arguments.mirror or ("off" if arguments.deterministic else "files")
+    return Errand(argv, get_guest(order), arguments.deterministic, arguments.wprobe, mirror=mirror)
 
 
 # ---- the command

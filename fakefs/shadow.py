@@ -89,8 +89,8 @@ class Shadow:
     """
 
     __slots__ = ("comm", "descriptors", "lock", "task", "tid")
-    followed = True
-    """Ends when its thread is seen to have ended, and not by a call of its own."""
+    apart = False
+    """A process with a root directory of its own; others tell when it ends."""
 
     def __init__(self, task: Task, tid: int, comm: bytes, descriptors: dict[Handle, int] | None = None) -> None:
         self.task = task
@@ -248,7 +248,7 @@ class Shadows:
 
     async def _end_gone(self) -> None:
         """End the shadows of all host threads that have ended, in the order of their birth."""
-        for shadow in [shadow for shadow in self._by_tid.values() if shadow.followed and has_ended(shadow.tid)]:
+        for shadow in [shadow for shadow in self._by_tid.values() if not shadow.apart and has_ended(shadow.tid)]:
             if self._by_tid.pop(shadow.tid, None) is shadow:
                 await self.end(shadow)
 

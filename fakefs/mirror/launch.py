@@ -58,7 +58,7 @@ class Launch:
         if self._pid == 0:
             try:
                 namespace.die_with_parent()
-                os.setsid()  # away from the terminal and its signals
+                os.setpgid(0, 0)  # away from the terminal's signals
                 _record(self._listener, self._recorder, child, tracing, self._in_flight)
             finally:
                 os._exit(1)

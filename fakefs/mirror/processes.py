@@ -37,7 +37,7 @@ class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest."""
 
     __slots__ = ("cwd", "sleep", "tgid", "umask", "until")
-    followed = False
+    apart = True
 
     def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
         super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)
