@@ -51,7 +51,7 @@ def elf(
 def bzimage(vmlinux: bytes, packed: bytes | None = None, *, size: int | None = None, protocol: int = 0x20F) -> bytes:
     """A bzImage with the payload `packed`, to which the unpacked size is added as the kernel's build does it."""
     if packed is None:
-        payload = gzip.compress(vmlinux)  # ends with the size already
+        payload = gzip.compress(vmlinux, mtime=0)  # ends with the size already
     else:
         payload = packed + struct.pack("<I", len(vmlinux) if size is None else size)
     code = b"\x90" * 64
