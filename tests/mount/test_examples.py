@@ -208,3 +208,19 @@ def test_an_interrupted_demonstration_leaves_nothing(
     with open("/proc/self/mountinfo", "rb") as file:
         mounts = [mount.directory for mount in mountpoint.parse_mountinfo(file.read())]
     assert not [directory for directory in mounts if directory.startswith(os.fsencode(tmp_path))]
+
+
+def test_wprobe(mount: Mounted) -> None:
+    sections = _sections(run("wprobe", mount))
+    first, second, *stack = _by_start(sections, "grep -m 1 -B 1")
+    assert "my_jiffies: (" in first
+    assert second.endswith("<stack trace>")
+    assert " => asm_exc_debug" in stack
+    assert " => tick_do_update_jiffies64" in stack
+    if "f[:" not in mount.read("README"):
+        return
+    hits = _hits(_by_start(sections, 'grep "refs: "'))
+    counts = [re.findall(r"was=(\d+) count=(\d+)$", text)[0] for *_, text in hits]
+    assert [was for was, _ in counts[1:]] == [count for _, count in counts[:-1]]  # each change was seen
+    assert counts[0][0] == "1"
+    assert counts[-1][1] in ("0", "1")  # d_make_discardable() does not count down to 0 in newer ones
