@@ -122,8 +122,8 @@ clients: setup kernel ## real clients in the view of `fakefs run`; installs thei
 	for client in trace-cmd perf-tools; do tests/clients/$$client.sh || status=1; done
 	exit $$status
 
-ftracetest: setup kernel ## the kernel's own tests in it; writes tests/clients/ftracetest.tsv
-	@tests/clients/ftracetest.sh
+ftracetest: setup ## the kernel's own tests in it; writes tests/clients/ftracetest.tsv
+	@$(BIN)/python -m tests.clients.ftracetest
 
 docs: build/docs.stamp ## the user guide, build/docs/index.html; warnings are errors
 	@$(BIN)/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs

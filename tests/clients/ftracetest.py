@@ -1,59 +1,141 @@
-"""Make ftracetest.tsv from what ftracetest has printed: python3 ftracetest.py OUTPUT TEST.D
+"""The kernel's own ftracetest, unmodified, from Debian's source package, in the view of `fakefs run`.
 
-Its columns: the test, its description, the result here, the result on a real kernel (ftracetest-real-kernel.tsv: Linux
-7.2 with two CPUs), and for a test that passes there and not here the reason (ftracetest-reasons.tsv).
+Writes ftracetest.tsv: each test, its result here and on a real kernel (ftracetest-real-kernel.tsv), and the reason for
+a difference (ftracetest-reasons.tsv). Tests that are named, by their paths in test.d, replace their rows alone.
+
+    python -m tests.clients.ftracetest [TEST...]
 """
 
 from __future__ import annotations
 
+import argparse
 import re
+import subprocess
 import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from shutil import which
+
+from fakefs import kernels
+from fakefs.debian import Apt, AptError, system_source
 
 HERE = Path(__file__).parent
-_LINE = re.compile(r"^\[\d+\] (.*?)\s*\[(PASS|FAIL|UNRESOLVED|UNTESTED|UNSUPPORTED|XFAIL)\]$")
+BUILD = HERE.parents[1] / "build" / "ftracetest"
+SUITE = "sid"
+"""The Debian suite of kernel and source: that of the kernel that the real results are of."""
+
+PROGRAMS = {"gawk": "gawk", "ping": "iputils-ping", "lscpu": "util-linux", "gcc": "gcc", "xz": "xz-utils"}
+"""What the tests call that a small system may lack, and the package it is in."""
+
+_INSTANCE = " (instance)"
+_RESULT = re.compile(r"^\[(\d+)\] (.*?)\s*\[(PASS|FAIL|UNRESOLVED|UNTESTED|UNSUPPORTED|XFAIL)\]")
+# Inside, before anything is traced: this is a guest's tracefs.
+_INSIDE = '[ "$(stat -f -c %t /sys/kernel/tracing)" = 65735546 ] && exec ./ftracetest -k -l "$@"'
 
 
-def results(output: str) -> dict[str, str]:
-    """The result of each test by its description."""
-    return {match[1]: match[2] for line in output.splitlines() if (match := _LINE.match(line))}
+def source(suite: str, version: str, place: Path) -> Path:
+    """Return the directory of ftracetest, fetching it. Raises AptError."""
+    directory = place / f"linux-source-{version}" / "tools/testing/selftests/ftrace"
+    if not directory.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            apt = Apt(Path(scratch, "apt"), system_source(), suite)
+            apt.update()
+            print(f"fetching linux-source-{version}", file=sys.stderr)
+            [package] = apt.download([f"linux-source-{version}"])
+            _unpack(package, place)
+    if not (directory / "poll").exists():  # as its Makefile does, which wants the rest of the source
+        subprocess.run(["gcc", "-O2", "-o", directory / "poll", directory / "poll.c"], check=True)
+    return directory
 
 
-def descriptions(directory: Path) -> dict[str, str]:
-    """The description of each test by its path."""
-    found = {}
-    for path in sorted(directory.rglob("*.tc")):
-        if match := re.search(r"^# ?description: ?(.*?)\s*$", path.read_text(), re.MULTILINE):
-            found[str(path.relative_to(directory))] = match[1]
-    return found
+def _unpack(package: Path, place: Path) -> None:
+    deb = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
+    with deb, tarfile.open(fileobj=deb.stdout, mode="r|") as outer:
+        for member in outer:
+            if member.name.endswith(".tar.xz") and (packed := outer.extractfile(member)):
+                with tarfile.open(fileobj=packed, mode="r|xz") as inner:
+                    wanted = (each for each in inner if "/tools/testing/selftests/ftrace/" in each.name)
+                    inner.extractall(place, wanted, filter="tar")
+        assert deb.stdout is not None
+        deb.stdout.read()
 
 
-def rows(path: Path, key: int, value: int) -> dict[str, str]:
-    """Two columns of a table."""
-    lines = [line.split("\t") for line in path.read_text().splitlines() if line]
-    return {line[key]: line[value] for line in lines}
+def in_order(directory: Path, tests: list[str]) -> list[str]:
+    """The names of tests as ftracetest runs them: those that can be are run once more in an instance."""
+    again = [test for test in tests if re.search(r"^#[ \t]*flags:.*instance", (directory / test).read_text(), re.M)]
+    return [*tests, *(test + _INSTANCE for test in again)]
 
 
-def main(output: Path, directory: Path) -> None:
-    here = results(output.read_text(errors="replace"))
-    real = rows(HERE / "ftracetest-real-kernel.tsv", 3, 1)
-    reasons = rows(HERE / "ftracetest-reasons.tsv", 0, 1)
-    table = ["testcase\tdescription\there\treal kernel\treason"]
-    passed = wanted = 0
-    for test, description in descriptions(directory).items():
-        # The same tests are run once more in an instance, if they can be: [n] (instance) DESCRIPTION.
-        for prefix in ("", "(instance)  ", "(instance) "):
-            if (result := here.get(prefix + description)) is None:
-                continue
-            name = f"{test} (instance)" if prefix else test
-            there = real.get(name, real.get(test, "")) if not prefix else ""
-            reason = reasons.get(name, "") if there == "PASS" and result != "PASS" else ""
-            table.append("\t".join([name, description, result, there, reason]))
-            wanted += there == "PASS"
-            passed += there == "PASS" and result == "PASS"
-    (HERE / "ftracetest.tsv").write_text("\n".join(table) + "\n")
-    print(f"{passed} of the {wanted} that pass on a real kernel pass here, of {len(table) - 1} in ftracetest.tsv")
+def run(directory: Path, kernel: Path, tests: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Run tests in one view; yield number, description and result of each as it ends."""
+    logs = BUILD / "logs"
+    argv = [sys.executable, "-m", "fakefs.cli", "run", "--kernel", str(kernel), "--"]
+    argv += ["sh", "-c", _INSIDE, "sh", str(logs), *(f"test.d/{test}" for test in tests)]
+    with subprocess.Popen(
+        argv, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := _RESULT.match(line):
+                yield int(match[1]), match[2], match[3]
+    if process.returncode not in (0, 1):
+        print(f"fakefs run ended with {process.returncode}", file=sys.stderr)
+
+
+def table(path: Path) -> dict[str, list[str]]:
+    """The rows of a table by their first column."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("tests", metavar="TEST", nargs="*", help="00basic/basic1.tc, a directory of them ...")
+    arguments = parser.parse_args()
+    missing = [package for program, package in PROGRAMS.items() if not which(program)]
+    if missing:
+        print(f"ftracetest: as root: apt-get install {' '.join(missing)}", file=sys.stderr)
+        return 1
+    try:
+        kernel = kernels.fetch(SUITE)
+        version = ".".join(kernel.parent.name.split(".")[:2])
+        directory = source(SUITE, version, BUILD)
+    except AptError as error:
+        print(f"ftracetest: {error}", file=sys.stderr)
+        return 1
+    known = sorted(str(path.relative_to(directory / "test.d")) for path in (directory / "test.d").rglob("*.tc"))
+    chosen = [test for test in known if not arguments.tests or any(test.startswith(name) for name in arguments.tests)]
+    names, begun = in_order(directory / "test.d", chosen), time.monotonic()
+    rows = table(HERE / "ftracetest.tsv") if arguments.tests else {}
+    for number, description, result in run(directory, kernel, chosen):
+        name = names[number - 1]
+        rows[name] = [description.removeprefix("(instance)").strip(), result]
+        print(f"{time.monotonic() - begun:6.0f} s  {result:12} {name}", file=sys.stderr)
+    _write(rows, [name for name in in_order(directory / "test.d", known) if name in rows])
+    return 0
+
+
+def _write(rows: dict[str, list[str]], names: list[str]) -> None:
+    """Write the table and say what it comes to."""
+    real, reasons = table(HERE / "ftracetest-real-kernel.tsv"), table(HERE / "ftracetest-reasons.tsv")
+    lines = ["testcase\tdescription\there\treal kernel\treason"]
+    passed = wanted = apart = 0
+    for name in names:
+        description, result = rows[name][:2]
+        there = real.get(name, [""])[0]
+        reason = reasons.get(name, [""])[0] if result != there else ""
+        lines.append("\t".join([name, description, result, there, reason]))
+        if there == "PASS":
+            wanted, passed = wanted + 1, passed + (result == "PASS")
+            apart += result != "PASS" and bool(reason)
+    (HERE / "ftracetest.tsv").write_text("\n".join(lines) + "\n")
+    print(f"{len(names)} tests; {wanted} of them pass on a real kernel, {passed} of these here; {apart} have a reason")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main())
