@@ -37,6 +37,13 @@ ATTR_TIMEOUT = 1e-6
 
 MAX_BLOCKED_READS = 400
 
+SPLICED = (b"/trace_pipe_raw", b"/snapshot_raw")
+"""Ends of paths of files whose readers use splice(2). That stops at st_size, which is 0 on a tracefs: not here."""
+
+_TRIES = 2
+"""How often Linux asks for a page of a splice: to read ahead, and when that failed."""
+
+_ENDLESS = 1 << 62
 _MODE_BITS = 0o7777
 _PAGE_SIZE = 4096
 
@@ -77,6 +84,7 @@ class GuestOperations(pyfuse3.Operations):
         self._reads = 0
         self._last_handle = 0
         self._open_files: dict[int, OpenFile] = {}
+        self._after_page: dict[int, int] = {}  # of open files that are spliced: how many reads may not wait now
         self._open_directories: dict[int, _Directory] = {}
         self._serving = True
         files.watch_attributes(self._forget_attributes)
@@ -93,7 +101,7 @@ class GuestOperations(pyfuse3.Operations):
 
     # Attributes
 
-    def _entry(self, number: int, stat: Stat) -> EntryAttributes:
+    def _entry(self, number: int, path: bytes, stat: Stat) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = number
         entry.entry_timeout = LASTING_TIMEOUT if stat.lasting else ENTRY_TIMEOUT
@@ -102,7 +110,7 @@ class GuestOperations(pyfuse3.Operations):
         entry.st_nlink = stat.nlink
         entry.st_uid = stat.uid or self._owner[0]
         entry.st_gid = stat.gid or self._owner[1]
-        entry.st_size = stat.size
+        entry.st_size = _ENDLESS if path.endswith(SPLICED) else stat.size
         entry.st_blksize = stat.blksize
         entry.st_atime_ns = stat.atime_ns
         entry.st_mtime_ns = stat.mtime_ns
@@ -123,15 +131,17 @@ class GuestOperations(pyfuse3.Operations):
             if exc.errno in (errno.ENOENT, errno.ENOTDIR):
                 self._inodes.remove(path)
             raise
-        return self._entry(self._inodes.hold(path, stat), stat)
+        return self._entry(self._inodes.hold(path, stat), path, stat)
 
     async def _attributes(self, number: int) -> EntryAttributes:
+        path = b""
         try:
-            stat = await self._files.stat(self._inodes.path(number))
+            path = self._inodes.path(number)
+            stat = await self._files.stat(path)
         except FileNotFoundError:
             # The path was looked up a moment ago, or is a descriptor's: fstat(2) of a removed file works.
             stat = self._inodes.last_stat(number)
-        return self._entry(number, stat)
+        return self._entry(number, path, stat)
 
     @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
@@ -265,11 +275,11 @@ class GuestOperations(pyfuse3.Operations):
             name, stat = directory.entries[offset]
             if offset < 2:
                 number = directory.inode if offset == 0 else self._inodes.number(os.path.dirname(path))
-                if not pyfuse3.readdir_reply(token, name, self._entry(number, stat), offset + 1):
+                if not pyfuse3.readdir_reply(token, name, self._entry(number, path, stat), offset + 1):
                     return
                 continue
             number = self._inodes.hold(prefix + name, stat)
-            if not pyfuse3.readdir_reply(token, name, self._entry(number, stat), offset + 1):
+            if not pyfuse3.readdir_reply(token, name, self._entry(number, prefix + name, stat), offset + 1):
                 self._inodes.forget(number, 1)
                 return
 
@@ -280,8 +290,12 @@ class GuestOperations(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
-        file = await self._files.open(caller(ctx.pid, ctx.uid, ctx.gid), self._inodes.path(inode), flags)
-        return self._opened(file)
+        path = self._inodes.path(inode)
+        file = await self._files.open(caller(ctx.pid, ctx.uid, ctx.gid), path, flags)
+        opened = self._opened(file)
+        if path.endswith(SPLICED):
+            self._after_page[opened.fh] = 0
+        return opened
 
     @answering
     async def create(
@@ -307,6 +321,10 @@ class GuestOperations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         with current() as request:
             flags = request.flags
+            # Page after page is a splice, perhaps: it has to end when there is no more, not to wait with what it has.
+            after_page = self._after_page.get(fh, 0) if size == _PAGE_SIZE and not flags & os.O_NONBLOCK else 0
+            if after_page:
+                flags |= os.O_NONBLOCK
             if self._reads >= self._max_blocked_reads:
                 if self._reads >= 2 * self._max_blocked_reads:
                     raise error(errno.EAGAIN)  # the guest ignores O_NONBLOCK on these
@@ -314,8 +332,15 @@ class GuestOperations(pyfuse3.Operations):
             self._reads += 1
             try:
                 data = await self._files.read(request.caller, self._open_files[fh], off, size, flags, request)
+            except OSError as exc:
+                if after_page and exc.errno == errno.EAGAIN:
+                    self._after_page[fh] = after_page - 1
+                    raise error(errno.EINTR) from None  # who has nothing yet tries again, and then waits
+                raise
             finally:
                 self._reads -= 1
+            if fh in self._after_page:
+                self._after_page[fh] = _TRIES if len(data) == _PAGE_SIZE else 0
             return data if len(data) <= size else data[:size]
 
     @answering
@@ -334,6 +359,7 @@ class GuestOperations(pyfuse3.Operations):
 
     @answering
     async def release(self, fh: int) -> None:
+        self._after_page.pop(fh, None)
         await self._files.close(self._open_files.pop(fh))
 
     @answering

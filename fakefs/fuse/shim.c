@@ -60,6 +60,8 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	conn->max_readahead = MAX_READAHEAD;
 	/* A splice and a read from a pipe cost more than one read of a small request. */
 	conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ;
+	/* A splice that waits for data waits in its own request, which a signal can interrupt. */
+	conn->want &= ~(unsigned)FUSE_CAP_ASYNC_READ;
 	/* See fuse_session_receive_buf() below. */
 	int fd = fuse_session_fd(session);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);

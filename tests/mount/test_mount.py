@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,6 +252,41 @@ def test_polling_sees_an_event_arrive(m: Mounted, name: str, how: str) -> None:
         assert not _ready(how, fd, 0)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("size", [4096, 65536])
+def test_splicing_raw_pages_loses_nothing(m: Mounted, size: int) -> None:
+    """Of many more records than the buffer holds, read while they are written; a page at a time, or several."""
+    m.write("buffer_percent", "0")
+    m.write("buffer_size_kb", "64")
+    count = 4000
+    script = "for ((i = 0; i < $0; i++)); do echo marker >&3; done 3> trace_marker"
+    reader, writer = os.pipe()
+    fd = os.open(m.path / "per_cpu/cpu0/trace_pipe_raw", os.O_RDONLY)
+    seen = bytearray()
+    try:
+        with m.popen(["bash", "-c", script, str(count)]):
+            while seen.count(b"marker") < count:
+                moved = os.splice(fd, writer, size)
+                assert moved % 4096 == 0
+                while moved > 0:
+                    piece = os.read(reader, moved)
+                    moved -= len(piece)
+                    seen += piece
+        assert seen.count(b"marker") == count
+        assert "overrun: 0\n" in m.read("per_cpu/cpu0/stats")
+    finally:
+        for each in (fd, reader, writer):
+            os.close(each)
+
+
+def test_a_splice_that_waits_can_be_interrupted(m: Mounted) -> None:
+    splice = "import os; os.splice(os.open('per_cpu/cpu0/trace_pipe_raw', os.O_RDONLY), os.pipe()[1], 4096)"
+    with m.popen([sys.executable, "-c", splice], stderr=subprocess.PIPE) as process:
+        wait_for_reader(m, process.pid)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert said.splitlines()[-1] == b"KeyboardInterrupt"
 
 
 def _ready(how: str, fd: int, seconds: float) -> bool:
