@@ -1,7 +1,7 @@
 """The pages of the documentation as tests see them: fenced blocks, console sessions, and when two lines are the same.
 
     ```console                      typed into the page's shell, line by line; what is printed must be what is shown
-    ```console needs trace-cmd      likewise, where that program is installed
+    ```console needs trace-cmd      likewise, by a slow test and if it is installed
     ```console not run: network     not run, and counted; the reason is one of `REASONS`
     ```sh                           a script, run with the page's shell where the shell is; it must end with status 0
     ```sh name.sh                   a file, written where the page begins; console blocks use it. Of any language
@@ -114,11 +114,12 @@ def steps(block: Block) -> list[Step]:
 
 _VARIES = (
     (r"^\S+: line \d+: ", "bash: "),
-    (r"^(\S.{0,15})-\d+ (\[\d+\]) [\w.]{4,6} \d+\.\d+: ", r"\1-PID \2 FLAGS TIME: "),
+    (r"^(\S.{0,15})-\d+ (\[\d+\]) (?:[\w.]{4,6} )?\d+(?:\.\d+)?: ", r"\1-PID \2 TIME: "),
     (r"\b\d+\.\d+(-\d+)?\+?[\w.]*-(cloud-)?amd64", "RELEASE"),
     (r"\[ *\d+\.\d+\]", "[TIME]"),
     (r"\+0x[0-9a-f]+(/0x[0-9a-f]+)?", "+OFFSET"),
     (r"\b(0x)?[0-9a-f]{16}\b", "ADDRESS"),
+    (r"\b(pid|ns|max)(=|: ?)\d+", r"\1\2N"),
     (r"([+!#*@$] )?\b\d+\.\d+ us\b", "DURATION"),
 )
 """What differs from run to run, or with the next update of the kernel."""
