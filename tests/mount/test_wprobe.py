@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.guest_calls import compile_static
 from tests.mount.conftest import MakeMount
-from tests.mount.wprobe_sessions import SLEEP, Session, load, normal
+from tests.mount.wprobe_sessions import FILE_THERE, SLEEP, Session, load, normal
 from tests.mounted import FAKEFS, PATIENCE, Mounted, Result, until
 
 SESSIONS = load()
+"""Two of three that define an fprobe, which takes a while, are among the slow tests."""
 OTHERWISE = {
     "6.12.": {
         "the option fields prints addresses": "126",
@@ -39,27 +41,26 @@ OTHERWISE = {
 """By a prefix of the kernel's version: how that kernel differs, and how the names of sessions that show it begin."""
 
 _HIT = re.compile(r" *(\S+)-(\d+) +\[\d+\] (\S+) +([\d.]+): (\w+): \((\S+)\)(.*)")
-_RESET = """
-shopt -s nullglob
-for top in . instances/*; do
-  for name in wprobes fprobes eprobes kprobes grp; do
-    for file in $top/events/$name/*/trigger; do
-      mapfile -t lines < <(grep -v '^#' $file | sed 's/ \\[active\\]$//')
-      for line in "${lines[@]}"; do echo "!$line" >> $file; done
-    done
-    [ -d $top/events/$name ] && echo 0 > $top/events/$name/enable
-  done
-done
-for instance in instances/*; do rmdir $instance; done
-for file in dynamic_events error_log trace; do echo > $file; done
-echo 1 > tracing_on
-cat dynamic_events
-"""
+_GROUPS = ("wprobes", "fprobes", "eprobes", "kprobes", "grp")
 
 
 def _reset(mount: Mounted) -> None:
-    done = mount.sh(_RESET, merge=True)
-    assert (done.stdout, done.returncode) == ("", 0), done.stdout
+    instances = list((mount.path / "instances").iterdir())
+    for events in (top / "events" / group for top in (mount.path, *instances) for group in _GROUPS):
+        if not events.exists():
+            continue
+        for trigger in events.glob("*/trigger"):
+            name = str(trigger.relative_to(mount.path))
+            for line in mount.read(name).splitlines():
+                if not line.startswith("#"):
+                    mount.write(name, f"!{line.removesuffix(' [active]')}\n", append=True)
+        mount.write(str(events.relative_to(mount.path) / "enable"), "0")
+    for instance in instances:
+        instance.rmdir()
+    for name in ("dynamic_events", "error_log", "trace"):
+        mount.write(name, "")
+    mount.write("tracing_on", "1")
+    assert mount.read("dynamic_events") == ""
 
 
 def _guest(mount: Mounted) -> str:
@@ -141,7 +142,14 @@ def _object_watch(mount: Mounted) -> None:
 # ---- as the kernel with the series
 
 
-@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def _parameters() -> list[ParameterSet]:
+    costly = [session for session in SESSIONS if "'f:" in session.text]
+    slow = {session.name for number, session in enumerate(costly) if number % 3}
+    marks = {name: [pytest.mark.slow] for name in slow}
+    return [pytest.param(session, id=session.name, marks=marks.get(session.name, [])) for session in SESSIONS]
+
+
+@pytest.mark.parametrize("session", _parameters())
 def test_answers_as_a_kernel_with_wprobes(strict: Mounted, release: str, session: Session) -> None:
     for version, differences in OTHERWISE.items():
         for reason, names in differences.items():
@@ -149,6 +157,8 @@ def test_answers_as_a_kernel_with_wprobes(strict: Mounted, release: str, session
                 pytest.skip(f"Linux {release}: {reason}")
     if "'f:" in session.text:
         _needs_fprobes(strict)
+    if session.name in FILE_THERE:
+        strict.exec("touch", FILE_THERE[session.name])
     got = strict.sh(session.script(_guest(strict)), merge=True)
     assert normal(got.stdout) == normal(session.text)
 

@@ -24,6 +24,9 @@ FILE = Path(__file__).parent / "wprobe_golden" / "sessions.txt"
 SLEEP = "sleep() { for i in {1..20}; do command sleep 0.01; cat tracing_on > /dev/null; done; }"
 """An idle guest has no ticks, and its jiffies stand still: however long a sleep is asked for, 20 ticks."""
 
+FILE_THERE = {"219-act-event-disabled": "/tmp/y1", "221-act-btf-inode": "/tmp/y1"}
+"""Files of the guest's that a session before had made."""
+
 _REPLACED = [
     (re.compile(pattern), by)
     for pattern, by in (

@@ -29,8 +29,6 @@ from tests.mounted import FAKEFS, Mounted
 
 HERE = Path(__file__).parent / "wprobe_golden"
 _OF_THE_MACHINE = re.compile(r"/tmp/|/proc/|\bhostname\b")
-_BEFORE = {"219-act-event-disabled": "touch /tmp/y1"}
-"""What a case before it has left behind."""
 _MORE_REPLACED = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -63,7 +61,8 @@ def here(command: str, kallsyms: Path) -> str:
 
 def script(session: wprobe_sessions.Session, guest: str, kallsyms: Path) -> str:
     """A bash script that prints the transcript's text on the same kernel."""
-    lines = [f'guest() {{ {guest} "$1"; }}', f"guest {shlex.quote(_BEFORE.get(session.name, ':'))}"]
+    there = wprobe_sessions.FILE_THERE.get(session.name)
+    lines = [f'guest() {{ {guest} "$1"; }}', f"guest 'touch {there}'" if there else ":"]
     for command in session.commands:
         lines += [f"echo {shlex.quote('$ ' + command)}", f"eval {shlex.quote(here(command, kallsyms))}"]
         lines.append('status=$?; if [ $status != 0 ]; then echo "[exit $status]"; fi')
