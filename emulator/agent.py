@@ -34,6 +34,8 @@ OP_CALLS = 1
 CALL_SPAWN = 0x10000
 WINDOW_FD = 63
 """Init's descriptor of the memory that has the window."""
+FIRST_FD = 64
+"""The first descriptor that is not init's: what the host opens is here and behind."""
 OTHER_ROOT = b"/host"
 """Directory of the guest that is the root directory of processes that stand for those of the host."""
 

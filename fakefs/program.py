@@ -2,6 +2,9 @@
 
 A launcher task is the program's parent and waits for it; one task each carries its input, output and errors through
 pipes. The program itself is a process of its own, in a session of its own.
+
+These tasks have a table of descriptors of their own. A program forked from that of the shadows would close a copy of
+each of their open files, which is no matter to most, but the end of a read of trace_pipe_raw for whoever waits in it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Protocol
 
 import trio
 
-from emulator.agent import CALL_SPAWN, Call, Request, Task, strings
+from emulator.agent import CALL_SPAWN, FIRST_FD, Call, Request, Task, strings
 from fakefs.errors import first_of
 from fakefs.frames import ERROR, EXIT, SIGNAL, STDERR, STDIN, STDOUT
 from fakefs.pump import Pump
@@ -23,6 +26,8 @@ from fakefs.shadow import CLONE_ARGS, Shadow, Shadows
 from fakefs.syscalls import Sys
 
 _O_CLOEXEC = 0o2000000
+_CLOSE_RANGE_UNSHARE = 2
+_STDERR, _ALL_FDS = 2, 0xFFFFFFFF
 _CHUNK = 32768
 _SIGACTION_SIZE = 32
 _STATUS_AT = 0
@@ -58,37 +63,42 @@ class _Program:
         self.shadows = shadows
         self.client = client
         self.helpers: list[Shadow] = []
-        self.fds: set[int] = set()
         self.child: Task | None = None
 
-    async def _helper(self) -> Shadow:
-        shadow = Shadow(await self.shadows.spawn(self.shadows.init), 0, b"init")
+    async def _helper(self, parent: Shadow) -> Shadow:
+        shadow = Shadow(await self.shadows.spawn(parent), 0, b"init")
         self.helpers.append(shadow)
         return shadow
 
-    async def _pipe(self, launcher: Shadow) -> tuple[int, int]:
-        at = launcher.task.virtual(_PIPES_AT)
-        [result] = await self.pump.call(launcher.task, [(Sys.PIPE2, at, _O_CLOEXEC)])
+    async def _launcher(self) -> Shadow:
+        """A task with none of the files that the shadows have open, and not by closing copies of them."""
+        launcher = await self._helper(self.shadows.init)
+        await self._call(launcher, Sys.CLOSE_RANGE, FIRST_FD, _ALL_FDS, _CLOSE_RANGE_UNSHARE)
+        return launcher
+
+    async def _call(self, shadow: Shadow, *call: int) -> int:
+        [result] = await self.pump.call(shadow.task, [call])
         if result < 0:
             raise OSError(-result, os.strerror(-result))
+        return result
+
+    async def _pipe(self, launcher: Shadow) -> tuple[int, int]:
+        await self._call(launcher, Sys.PIPE2, launcher.task.virtual(_PIPES_AT), _O_CLOEXEC)
         ends: tuple[int, int] = struct.unpack("<ii", self.agent.get(launcher.task, _PIPES_AT, 8))
-        self.fds.update(ends)
         return ends
 
-    async def _close(self, launcher: Shadow, *fds: int) -> None:
-        self.fds.difference_update(fds)
-        await self.pump.call(launcher.task, [(Sys.CLOSE, fd) for fd in fds])
-
     async def run(self, argv: list[bytes], env: list[bytes]) -> None:
-        launcher = await self._helper()
+        launcher = await self._launcher()
         stdin, stdout, stderr = [await self._pipe(launcher) for _ in range(3)]
-        made = await self._start(launcher, argv, env, (stdin[0], stdout[1], stderr[1]))
-        await self._close(launcher, stdin[0], stdout[1], stderr[1])
+        feeder, *drains = [await self._helper(launcher) for _ in range(3)]
+        theirs = (stdin[0], stdout[1], stderr[1])
+        made = await self._start(launcher, argv, env, theirs)
+        await self.pump.call(launcher.task, [(Sys.CLOSE, fd) for fd in theirs])
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._feed, stdin[1], launcher)
+            nursery.start_soon(self._feed, feeder, stdin[1])
             async with trio.open_nursery() as outputs:
-                outputs.start_soon(self._drain, stdout[0], STDOUT)
-                outputs.start_soon(self._drain, stderr[0], STDERR)
+                outputs.start_soon(self._drain, drains[0], stdout[0], STDOUT)
+                outputs.start_soon(self._drain, drains[1], stderr[0], STDERR)
                 status = await self._wait(launcher)
             nursery.cancel_scope.cancel()
         assert self.child is not None
@@ -140,7 +150,7 @@ class _Program:
         candidates = paths if b"/" in argv[0] else [*paths, *busybox]
         return [
             *((Sys.DUP2, fd, number) for number, fd in enumerate(fds)),
-            (Sys.CLOSE_RANGE, 3, 0xFFFFFFFF, 0),
+            (Sys.CLOSE_RANGE, _STDERR + 1, _ALL_FDS, 0),
             *((Sys.RT_SIGACTION, number, at(0), 0, 8) for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT)),
             (Sys.SETSID,),
             (Sys.CHDIR, at(32)),
@@ -161,8 +171,7 @@ class _Program:
         if made.done and made.results[-2] < 0:
             await self.client.send(STDERR, b"fakefs exec: %s: %s\n" % (name, os.strerror(-made.results[-2]).encode()))
 
-    async def _drain(self, fd: int, channel: int) -> None:
-        helper = await self._helper()
+    async def _drain(self, helper: Shadow, fd: int, channel: int) -> None:
         while True:
             call = (Sys.READ, fd, helper.task.virtual(), _CHUNK)
             [size] = await self.pump.call(helper.task, [call], holds_clock=False)
@@ -172,9 +181,9 @@ class _Program:
                 return
             await self.client.send(channel, self.agent.get(helper.task, 0, min(size, _CHUNK)))
 
-    async def _feed(self, fd: int, launcher: Shadow) -> None:
+    async def _feed(self, helper: Shadow, fd: int) -> None:
         """Carry the client's input; its signals and its going away become signals to the program's group."""
-        helper = await self._helper()
+        open_ = True
         while True:
             frame = await self.client.receive()
             if frame is None:
@@ -185,8 +194,8 @@ class _Program:
                 await self._signal(data[0])
             elif channel == STDIN and not data:
                 await self.pump.call(helper.task, [(Sys.CLOSE, fd)])
-                self.fds.discard(fd)
-            elif channel == STDIN and fd in self.fds:
+                open_ = False
+            elif channel == STDIN and open_:
                 await self._write_all(helper, fd, data)
 
     async def _write_all(self, helper: Shadow, fd: int, data: bytes) -> None:
@@ -208,15 +217,11 @@ class _Program:
                 )
 
     async def close(self) -> None:
-        """End what is left of the program, its helpers and its pipes."""
+        """End what is left of the program, and its helpers: its pipes go with them."""
         try:
             if self.child is not None:
                 await self._signal(signal.SIGKILL)
                 self.agent.forget(self.child)
-            init = self.shadows.init
-            if self.fds:
-                async with init.lock:
-                    await self.pump.call(init.task, [(Sys.CLOSE, fd) for fd in self.fds])
             for helper in self.helpers:
                 await self.shadows.end(helper)
         except OSError:

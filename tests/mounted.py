@@ -51,6 +51,12 @@ def running(pid: int) -> bool:
     return state not in "ZX"
 
 
+def wait_for_reader(pid: int) -> None:
+    """Wait until a process sleeps in a read of a mount: the host's kernel waits for the daemon's answer."""
+    where = Path(f"/proc/{pid}/wchan")
+    until(lambda: "request_wait" in where.read_text(), PATIENCE, f"process {pid} blocked in a read")
+
+
 class Mounted:
     """A mount at `path`. `env` is the environment of the command, and of every script."""
 

@@ -113,6 +113,8 @@ __attribute__((used, noreturn)) static void start(void)
 		     MAP_SHARED | 0x100000 /* MAP_FIXED_NOREPLACE */, fd, (long)window_at);
 	SYSCALL3(SYS_dup2, fd, WINDOW_FD, 0);
 	SYSCALL3(SYS_close, fd, 0, 0);
+	for (fd = 3; fd < WINDOW_FD; fd++)
+		SYSCALL3(SYS_dup2, 0, fd, 0);
 	if (n != (long)WINDOW_VIRTUAL)
 		give_up("map the window");
 

@@ -21,7 +21,13 @@
 #define SLOT_STACK_TOP 0x4000ul		/* the task's stack lies below, above the calls */
 #define SLOT_DATA 0x4000ul		/* buffers and paths, to the end of the slot */
 
-#define WINDOW_FD 63l /* init's descriptor of /dev/mem: the last one that needs no larger table */
+#define WINDOW_FD 63l /* init's descriptor of /dev/mem */
+/*
+ * The descriptors below the next are init's: the console, and the above. A task that wants a table of its own without
+ * what the others have open (closing a copy of it can end what they do) calls close_range() from here with UNSHARE:
+ * Linux copies tables in words of 64.
+ */
+#define FIRST_FD 64
 #define OTHER_ROOT "/host"	/* root directory of processes that stand for those of the host */
 
 #define OP_SLEEP 0u

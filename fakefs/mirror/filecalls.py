@@ -9,7 +9,7 @@ import os
 import stat
 from itertools import count
 
-from emulator.agent import WINDOW_FD
+from emulator.agent import FIRST_FD
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, place
 from fakefs.mirror.processes import Mirrored, Processes
@@ -77,8 +77,8 @@ class FileCalls:
     @staticmethod
     def _next_descriptor(shadow: Mirrored) -> int:
         """Return the number that the next file a shadow opens will have: the lowest that is free."""
-        taken = {WINDOW_FD, *shadow.descriptors.values()}
-        return next(fd for fd in count() if fd not in taken)
+        taken = set(shadow.descriptors.values())
+        return next(fd for fd in count(FIRST_FD) if fd not in taken)
 
     @staticmethod
     def _flags(record: Files) -> int:

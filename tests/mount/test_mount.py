@@ -17,7 +17,7 @@ import pytest
 from fakefs import mountpoint
 from tests.mount.conftest import MakeMount
 from tests.mount.golden_cases import errnos
-from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, Result, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, Result, running, until, wait_for_reader
 
 PROMPT = 0.05
 """Seconds a signal may take to end a reader on a quiet machine; a busy one gets some tries."""
@@ -34,12 +34,6 @@ def m(shared_mount: Mounted, resetter: Resetter) -> Iterator[Mounted]:
     """The shared mount, as new afterwards."""
     yield shared_mount
     resetter.reset("trigger sched_switch sched_process_fork")
-
-
-def wait_for_reader(mount: Mounted, pid: int) -> None:
-    """Wait until a process sleeps in a read of the mount: the host's kernel waits for the daemon's answer."""
-    where = Path(f"/proc/{pid}/wchan")
-    until(lambda: "request_wait" in where.read_text(), PATIENCE, f"process {pid} blocked in a read")
 
 
 def slots(mount: Mounted) -> int:
@@ -216,7 +210,7 @@ def test_signals_end_a_blocked_reader(m: Mounted, number: signal.Signals) -> Non
     times = [PROMPT]
     while times[-1] >= PROMPT and len(times) <= TRIES:
         with m.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE) as reader:
-            wait_for_reader(m, reader.pid)
+            wait_for_reader(reader.pid)
             begun = time.monotonic()
             reader.send_signal(number)
             assert reader.wait(PATIENCE) == -number
@@ -229,7 +223,7 @@ def test_signals_end_a_blocked_reader(m: Mounted, number: signal.Signals) -> Non
 
 def test_a_blocked_reader_gets_the_next_event(m: Mounted) -> None:
     with m.popen(["head", "-n", "1", "trace_pipe"], stdout=subprocess.PIPE) as reader:
-        wait_for_reader(m, reader.pid)
+        wait_for_reader(reader.pid)
         m.write("trace_marker", "hello")
         out, _ = reader.communicate(timeout=PATIENCE)
     assert b"tracing_mark_write: hello" in out
@@ -448,6 +442,18 @@ def _command(mount: Mounted, what: str) -> list[str]:
     return [*FAKEFS, what, str(mount.path)]
 
 
+def test_exec_closes_nothing_of_others(m: Mounted) -> None:
+    """The kernel ends a read of trace_pipe_raw when any copy of its descriptor is closed."""
+    m.write("buffer_percent", "0")
+    with m.popen(["cat", "per_cpu/cpu0/trace_pipe_raw"], stdout=subprocess.PIPE) as reader:
+        assert reader.stdout is not None
+        wait_for_reader(reader.pid)
+        assert m.exec("ls", "/proc/self/fd").stdout.split() == ["0", "1", "2", "3"]
+        m.write("trace_marker", "still there")
+        assert b"still there" in os.read(reader.stdout.fileno(), 65536)
+        reader.kill()
+
+
 def test_exec_is_traced_like_any_program(m: Mounted) -> None:
     m.sh("echo 1 > events/sched/sched_process_exec/enable")
     m.exec("true")
@@ -501,7 +507,7 @@ def test_a_dead_mount_is_recognised_by_more_than_its_attributes(mount: Mounted) 
 
 def test_a_panic_ends_waiting_readers(mount: Mounted) -> None:
     with mount.popen(["cat", "trace_pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
-        wait_for_reader(mount, reader.pid)
+        wait_for_reader(reader.pid)
         begun = time.monotonic()
         crash = mount.exec("sh", "-c", "echo c > /proc/sysrq-trigger")
         _, complaint = reader.communicate(timeout=PATIENCE)
