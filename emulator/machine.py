@@ -24,7 +24,7 @@ from emulator.devices.uart8250 import Uart8250
 from emulator.errors import EmulatorError
 from emulator.memory import Memory
 
-# An interrupt that could not be delivered for this much virtual time means a loop with interrupts off (ns).
+# Interrupts off for this much virtual time (ns) are a loop, with nobody to end it.
 INTERRUPTS_OFF_LIMIT = 4_000_000_000
 # Virtual ns a panicking kernel gets for its last words; its way to a reset after them takes seconds.
 _PANIC_WORDS = 50_000_000
@@ -231,14 +231,20 @@ class Machine:
                 self.advance()
                 if not cpu.interruptible:
                     raise GuestDied("the guest halted with interrupts off")
+                self._blocked_since = None
                 if not self.interrupt_pending():
                     return stop
             elif stop is Stop.DEADLINE:
+                self._check_interrupts_off()
                 if cpu.now >= until_ns:
                     return stop
+            elif stop is Stop.READY:
+                self._check_interrupts_off()
+                return stop
             elif stop is Stop.WATCH and self.on_watch is not None:
                 self.on_watch()
             elif stop is not None and stop is not Stop.WINDOW:
+                self._blocked_since = None
                 return stop
 
     def trap(
@@ -297,8 +303,14 @@ class Machine:
         cpu.write("rsp", rsp + 8)
 
     def _check_interrupts_off(self) -> None:
+        """Raise GuestDied when interrupts were off whenever somebody looked, and for long.
+
+        Not only while one is pending: who turns them off for ever may have stopped the timer as well.
+        """
         now = self.cpu.now
-        if self._blocked_since is None:
+        if self.cpu.interruptible:
+            self._blocked_since = None
+        elif self._blocked_since is None:
             self._blocked_since = now
         elif now - self._blocked_since > INTERRUPTS_OFF_LIMIT:
             where = self.cpu.read("rip")
