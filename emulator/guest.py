@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # The window the guest's init and the host share: 1024 slots of 64 KiB, behind RAM and outside the kernel's memory map.
 WINDOW_SIZE = 64 << 20
-DEFAULT_MEMORY = 128 << 20
+DEFAULT_MEMORY = 256 << 20
 COMMAND_LINE = (
     "console=ttyS0 quiet noapic nokaslr panic=-1 reboot=k mitigations=off nopti pci=off tsc=reliable "
     "random.trust_cpu=off rcupdate.rcu_expedited=1 cryptomgr.notests damon_stat.enabled=0"

@@ -147,7 +147,7 @@ def _add_guest_options(command: argparse.ArgumentParser) -> None:
     what = "a vmlinuz or vmlinux; default: fakefs kernel list"
     command.add_argument("--kernel", metavar="PATH", type=Path, help=what)
     command.add_argument(
-        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 128M (default), 1G ..."
+        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 256M (default), 1G ..."
     )
     command.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
     command.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")

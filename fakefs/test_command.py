@@ -54,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         help="path, version or suite (see fakefs kernel list); several: every script with each of them",
     )
-    parser.add_argument("--memory", metavar="SIZE", type=cli._size, default=0, help="the guest's RAM: 128M (default)")
+    parser.add_argument("--memory", metavar="SIZE", type=cli._size, default=0, help="the guest's RAM: 256M (default)")
     parser.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
     parser.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
     parser.add_argument("--wprobe", choices=("unlimited", "strict", "off"), default="unlimited", help="watchpoints")
