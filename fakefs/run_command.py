@@ -310,8 +310,6 @@ def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
     from fakefs import daemon, namespace
     from fakefs.view import TRACING
 
-    records = None if launch is None else launch.daemon
-    service = daemon.Service(TRACING, b"/", errand.deterministic, errand.wprobe, private=True, records=records)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -323,6 +321,8 @@ def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.dup2(2, 1)
+            records = None if launch is None else launch.records()
+            service = daemon.Service(TRACING, b"/", errand.deterministic, errand.wprobe, private=True, records=records)
             daemon.run(guest, service, lambda: _tell(writer, "ready"))
         except Exception as error:
             _tell(writer, str(error) or repr(error))
@@ -339,6 +339,13 @@ def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
 # ---- the program
 
 
+def _enter(launch: Launch) -> None:
+    try:
+        launch.enter()
+    except OSError as error:
+        _tell(2, f"fakefs: what the program does is not mirrored, as it cannot be watched here ({error.strerror})\n")
+
+
 def _execute(argv: list[str], directory: str, launch: Launch | None) -> int:
     """Become the program, in the directory of the caller, as it is seen from inside; return an exit status if not."""
     try:
@@ -348,7 +355,7 @@ def _execute(argv: list[str], directory: str, launch: Launch | None) -> int:
     _unblock_signals()
     try:
         if launch is not None:
-            launch.enter()
+            _enter(launch)
         os.execvp(argv[0], argv)
     except (FileNotFoundError, NotADirectoryError):
         _tell(2, f"fakefs: {argv[0]}: not found\n")

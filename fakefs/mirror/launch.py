@@ -20,36 +20,47 @@ from fakefs.mirror import calls
 from fakefs.mirror.calls import Level
 from fakefs.mirror.seccomp import Listener, install, program
 
-_SYS_SENDMMSG = 307
-
 
 class Launch:
-    """What is made before the daemon is forked: `daemon` is its end of the socket from the recorder."""
+    """What is made before daemon and program are forked, and what each of the three does with it."""
 
     def __init__(self, level: Level) -> None:
         self.level = level
-        self.daemon, self._recorder = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._daemon, self._recorder = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._first, self._program = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._in_flight = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the recorder
         self._listener: Listener | None = None
         self._pid = 0
 
+    def records(self) -> socket.socket:
+        """In the daemon: return its end of the socket from the recorder."""
+        self._keep(self._daemon)
+        return self._daemon
+
+    def _keep(self, *kept: socket.socket) -> None:
+        for end in (self._daemon, self._recorder, self._first, self._program):
+            if end not in kept:
+                end.close()
+
     # ---- the program
 
     def enter(self) -> None:
-        """Put this process and its descendants under the filter. Raises OSError: EBUSY if one of its kind is there."""
-        listener = install(program(calls.rules(self.level)))
-        socket.send_fds(self._program, [b"l"], [listener])
-        for end in (self._program, self._first, self.daemon, self._recorder):
-            end.close()
-        os.close(listener)
+        """Put this process and its descendants under the filter.
+
+        Raises OSError: EBUSY if one of its kind is there, as in another `fakefs run`.
+        """
+        try:
+            listener = install(program(calls.rules(self.level)))
+            socket.send_fds(self._program, [b"l"], [listener])
+            os.close(listener)
+        finally:
+            self._keep()
 
     # ---- the first process
 
     def supervise(self, child: int, tracing: Path) -> None:
         """Fork the recorder for a program that is being started; nothing happens if it cannot be."""
-        self._program.close()
-        self.daemon.close()
+        self._keep(self._first, self._recorder)
         _, descriptors, _, _ = socket.recv_fds(self._first, 1, 1)
         if not descriptors:
             return

@@ -134,6 +134,7 @@ class Mirror:
     async def catch_up(self, tid: int) -> None:
         """Wait until all that was recorded is done, and the shadow of `tid` waits for nothing."""
         self._drain()
+        self._processes.look_for_ends()
         until = self._taken
         while self._done < until:
             await self._finished.wait()

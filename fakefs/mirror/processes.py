@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import struct
 import sys
@@ -36,7 +37,7 @@ _CORE_DUMPED = 0x80
 class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest."""
 
-    __slots__ = ("cwd", "sleep", "tgid", "umask", "until")
+    __slots__ = ("cwd", "ended", "sleep", "tgid", "umask", "until")
     apart = True
 
     def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
@@ -44,6 +45,7 @@ class Mirrored(Shadow):
         self.tgid = birth.tgid
         self.umask = birth.umask
         self.cwd = "/"
+        self.ended = False  # its process has, on the host
         self.sleep: Request | None = None
         self.until = 0.0  # host's monotonic time at which the sleep should be over
 
@@ -61,6 +63,8 @@ class Processes:
         self._nursery = nursery
         self._died = died
         self._bearing = trio.Lock()
+        self._ends = select.poll()
+        self._followed: dict[int, Mirrored] = {}  # by pidfd
         self._full = False
 
     def find(self, tid: int) -> Mirrored | None:
@@ -223,12 +227,23 @@ class Processes:
         except OSError:
             self._died(shadow, signal.SIGKILL)
             return
+        self._followed[fd] = shadow
+        self._ends.register(fd, select.POLLIN)
         try:
             await trio.lowlevel.wait_readable(fd)
+            self.look_for_ends()
         finally:
+            self._ends.unregister(fd)
+            del self._followed[fd]
             os.close(fd)
-        if not shadow.task.dead:
-            self._died(shadow, read_exit_status(shadow.tid))
+
+    def look_for_ends(self) -> None:
+        """Report the processes that have ended by now without telling."""
+        for fd, _ in self._ends.poll(0):
+            shadow = self._followed[fd]
+            if not shadow.ended and not shadow.task.dead:
+                shadow.ended = True
+                self._died(shadow, read_exit_status(shadow.tid))
 
     # ---- signals
 

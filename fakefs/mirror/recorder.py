@@ -111,7 +111,7 @@ class Recorder:
     def _note(self, notification: Notification) -> None:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile."""
         records: list[Record] = []
-        with suppress(OSError, NotMirrored, ValueError):  # gone; not for the guest; refused by the host too
+        with suppress(OSError, NotMirrored, ValueError, struct.error):  # gone, not for the guest, or nonsense
             for record in self._records(notification):
                 records.append(record)  # those before an error are wanted
         if self._listener.is_valid(notification.id):

@@ -63,7 +63,7 @@ def test_processes(run: Run) -> None:
         sleep 0.01 &
         wait
         sleep 1000 &
-        until read -r _ name state _ < /proc/$!/stat && [ "$name $state" = "(sleep) S" ]; do :; done
+        until mapfile -t lines < trace; [[ "${lines[*]}" == *"sleep-$! "*slept:* ]]; do :; done
         kill -TERM $!; wait $!
         """
         + _SHOW,
@@ -183,3 +183,59 @@ def test_the_recorders_death_harms_nobody(run: Run) -> None:
     )
     assert done.stdout == "text\nfine\n"
     assert done.stderr == "fakefs: what follows is not mirrored: the process that records it is gone\n"
+
+
+def test_one_inside_another_is_not_mirrored(run: Run) -> None:
+    """A process has one filter that notifies: the inner program runs all the same."""
+    done = run(f"{FAKEFS[0]} -m fakefs.cli run -- sh -c 'echo text > file; cat file'")
+    assert (done.stdout, done.returncode) == ("text\n", 0)
+    assert done.stderr == (
+        "fakefs: what the program does is not mirrored, as it cannot be watched here (Device or resource busy)\n"
+    )
+
+
+def test_killed_in_the_middle_of_calls(run: Run) -> None:
+    done = run(
+        f"""
+        for i in 1 2 3 4 5; do
+            (while :; do echo x > f$i; rm -f f$i; mkdir d$i; rmdir d$i; /bin/true; done) 2>/dev/null & p="$p $!"
+        done
+        until [ -e f5 ]; do :; done
+        kill -9 $p; wait 2>/dev/null
+        cat /sys/kernel/tracing/tracing_on
+        {FAKEFS[0]} -m fakefs.cli status | grep -o '"slots": [0-9]*'
+        """
+    )
+    assert done.stdout.split("\n")[0] == "1"
+    assert int(done.stdout.split()[2]) < 12
+
+
+def test_nonsense_is_the_hosts_to_refuse(run: Run) -> None:
+    program = """
+import ctypes, errno
+call = ctypes.CDLL(None, use_errno=True).syscall
+for at in (0, 1, 1 << 46, (1 << 64) - 1):
+    p = ctypes.c_void_p(at)
+    for arguments in ((257, -100, p, 65, 0), (59, p, p, p), (35, p, 0), (437, -100, p, p, 24), (263, 99, b"x", 0),
+                      (76, p, -1), (82, p, p), (88, b"", p), (157, 15, p), (62, 1 << 30, 99), (230, 77, 9, p, p)):
+        assert call(*arguments) in (-1, 0), arguments
+print(open("file", "w").write("text"))
+"""
+    done = run(f"python3 -c '{program}' && cat file && cat /sys/kernel/tracing/tracing_on")
+    assert (done.stdout, done.stderr) == ("4\ntext1\n", "")
+
+
+@pytest.mark.slow
+def test_more_processes_than_the_guest_has_room_for(run: Run) -> None:
+    done = run(
+        f"""
+        for i in $(seq 1100); do sleep 5 & done; wait
+        cat /sys/kernel/tracing/tracing_on
+        {FAKEFS[0]} -m fakefs.cli status | grep -o '"slots": [0-9]*'
+        """,
+        "process",
+        300,
+    )
+    assert done.stderr == ("fakefs: the guest has no room for more processes (at most 1023): not all are traced\n")
+    assert done.stdout.startswith("1\n")
+    assert int(done.stdout.split()[2]) < 12
