@@ -30,6 +30,9 @@ from fakefs.wprobe.files import WprobeFiles
 from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.table import Table, TableFacts
 
+_SEED_SIZE = 32
+_RNDADDENTROPY = 0x40085203  # <linux/random.h>; random(4)
+
 
 @dataclass(frozen=True)
 class Service:
@@ -70,6 +73,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
             await set_clock(shadows)
+        await seed_random(shadows, bytes(_SEED_SIZE) if service.deterministic else os.urandom(_SEED_SIZE))
         if wanted := service.options.for_guest():
             await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
@@ -141,6 +145,19 @@ async def set_clock(shadows: Shadows) -> None:
     async with init.lock:
         shadows.pump.agent.put(init.task, 0, struct.pack("<qq", now // 10**9, now % 10**9))
         await shadows.pump.call(init.task, [(Sys.CLOCK_SETTIME, 0, init.task.virtual(0))])
+
+
+async def seed_random(shadows: Shadows, seed: bytes) -> None:
+    """Give the guest's random numbers a seed: the first getrandom(2) there would gather one for many seconds."""
+    import struct
+
+    init = shadows.init
+    async with init.lock:
+        agent, at, call = shadows.pump.agent, init.task.virtual, shadows.pump.call
+        agent.put(init.task, 0, b"/dev/urandom\0")
+        [fd] = await call(init.task, [(Sys.OPENAT, -100, at(0), os.O_WRONLY, 0)])
+        agent.put(init.task, 0, struct.pack("<ii", 8 * len(seed), len(seed)) + seed)
+        await call(init.task, [(Sys.IOCTL, fd, _RNDADDENTROPY, at(0)), (Sys.CLOSE, fd)])
 
 
 def _fuse_descriptors() -> list[int]:

@@ -16,6 +16,7 @@ class Sys(IntEnum):
     MMAP = 9
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
+    IOCTL = 16
     DUP2 = 33
     NANOSLEEP = 35
     EXECVE = 59
