@@ -121,8 +121,14 @@ def parser() -> argparse.ArgumentParser:
         "run a program inside the guest: busybox's at least",
         "fakefs exec -- ls -l /proc/self\n"
         "fakefs exec /tmp/tracing -- sh -c 'dd if=/dev/zero of=/dev/null bs=1 count=1000'\n"
-        "echo hello | fakefs exec -- tr a-z A-Z",
-        usage="fakefs exec [-h] [DIR] -- CMD [ARG ...]",
+        "echo hello | fakefs exec -- tr a-z A-Z\n"
+        "fakefs exec --host-binary -- ./a.out argument",
+        usage="fakefs exec [-h] [--host-binary] [DIR] -- CMD [ARG ...]",
+    )
+    execute.add_argument(
+        "--host-binary",
+        action="store_true",
+        help="CMD is a program of this machine, taken into the guest with the libraries its own loader names",
     )
     execute.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
     execute.set_defaults(run=_exec)
@@ -226,8 +232,13 @@ def _exec(arguments: argparse.Namespace) -> int:
 
     if not arguments.program:
         raise UserError("no program given: fakefs exec [DIR] -- CMD", exit_status=2)
+    mount = client.find_mount(arguments.directory)
+    if arguments.host_binary:
+        from fakefs.hostfiles.program import host_program
+
+        return client.run_program(mount, arguments.program, os.environ, host_program(arguments.program[0]))
     env = {"PATH": "/bin:/sbin:/usr/bin:/usr/sbin", "HOME": "/root", "TERM": os.environ.get("TERM", "dumb")}
-    return client.run_program(client.find_mount(arguments.directory), arguments.program, env)
+    return client.run_program(mount, arguments.program, env)
 
 
 def _console(arguments: argparse.Namespace) -> int:

@@ -11,11 +11,14 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fakefs import runtime
 from fakefs.errors import UserError
 from fakefs.frames import ERROR, EXIT, FRAME, FRAME_MAX, SIGNAL, STDERR, STDIN, STDOUT
+
+if TYPE_CHECKING:
+    from fakefs.hostfiles.program import HostProgram
 
 
 def find_mount(directory: Path | None) -> Path:
@@ -31,6 +34,9 @@ def find_mount(directory: Path | None) -> Path:
     if len(found) > 1:
         raise UserError("several mounts are running; name one: fakefs exec DIR -- CMD", exit_status=2)
     return found[0]
+
+
+_ILLEGAL = "died of an instruction that the guest's processor does not have (it has SSE4.2, but no AVX)"
 
 
 class Channel:
@@ -98,9 +104,13 @@ def stop(directory: Path) -> None:
         ask(find_mount(directory), {"do": "stop"})
 
 
-def run_program(path: Path, argv: list[str], env: Mapping[str, str]) -> int:
-    """Run a program in the guest with our stdin, stdout and stderr; return its exit status. Raises UserError."""
-    channel = Channel(path, {"do": "exec", "argv": argv, "env": dict(env)})
+def run_program(path: Path, argv: list[str], env: Mapping[str, str], host: HostProgram | None = None) -> int:
+    """Run a program in the guest with our stdin, stdout and stderr; return its exit status. Raises UserError.
+
+    It is one of the guest's, or of the host's. Signals that end us are sent to it instead.
+    """
+    request = {"do": "exec", "argv": argv, "env": dict(env), "host": None if host is None else host.request()}
+    channel = Channel(path, request)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, lambda received, _frame: channel.send(SIGNAL, bytes([received])))
     inputs = [channel.fileno(), 0]
@@ -117,6 +127,8 @@ def run_program(path: Path, argv: list[str], env: Mapping[str, str]) -> int:
                 raise UserError("the mount's daemon is gone; mount again")
             kind, data = frame
             if kind == EXIT:
+                if host is not None and data[0] == 128 + signal.SIGILL:
+                    os.write(2, f"fakefs exec: {argv[0]}: {_ILLEGAL}\n".encode())
                 return data[0]
             if kind == ERROR:
                 raise UserError(data.decode("utf-8", "replace"))

@@ -6,9 +6,11 @@ in a directory only its user may enter.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import trio
 
 from fakefs import runtime
 from fakefs.errors import UserError, first_of
+from fakefs.files import Caller
 from fakefs.frames import ERROR, FRAME, FRAME_MAX, STDOUT
 from fakefs.fuse.options import MountOptions
 from fakefs.pump import Pump
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from fakefs.guestfiles import GuestFiles
 
 _REQUEST_MAX = 1 << 20
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Connection:
@@ -60,6 +64,12 @@ class Connection:
         channel, size = FRAME.unpack(header)
         data = await self._read(size) if size <= FRAME_MAX else None
         return None if data is None else (channel, data)
+
+    @property
+    def caller(self) -> Caller:
+        """Who is at the other end, as the kernel tells (SO_PEERCRED of unix(7))."""
+        credentials = self._stream.socket.getsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_PEERCRED, _PEER.size)
+        return Caller(*_PEER.unpack(credentials))
 
     async def receive_all(self, limit: int) -> bytes:
         """Return what the client sends up to an empty frame. Raises UserError when it is more than `limit` bytes."""
@@ -131,13 +141,7 @@ class Control:
             case {"do": "stop"}:
                 signal.raise_signal(signal.SIGTERM)
             case {"do": "exec", "argv": [str(), *_] as argv, "env": dict() as env}:
-                from fakefs.program import run_program
-
-                self._files.forget_attributes()
-                try:
-                    await run_program(self._pump, self._shadows, [*map(str, argv)], _texts(env), connection)
-                finally:
-                    self._files.forget_attributes()
+                await self._exec(connection, [*map(str, argv)], _texts(env), request.get("host"))
             case {"do": "remount", "options": str() as options}:
                 await self._remount(options, connection)
             case {"do": "insmod", "name": str(name), "parameters": str(parameters)}:
@@ -146,6 +150,24 @@ class Control:
                 await self._change_modules(connection, name, None)
             case _:
                 await connection.send(ERROR, b"the daemon does not know this request: is it of another version?")
+
+    async def _exec(self, connection: Connection, argv: list[str], env: dict[str, str], host: object) -> None:
+        """Run a program; one of the host's is brought into the guest before, with the files it needs."""
+        from fakefs.program import Place, run_program
+
+        self._files.forget_attributes()
+        try:
+            place = None
+            match host:
+                case {"program": str(program), "files": list(files), "directory": str(directory)}:
+                    place = Place(os.fsencode(program), os.fsencode(directory))
+                    wanted = [os.fsencode(str(path)) for path in files]
+                    await self._files.host_files.bring(connection.caller, wanted, place.directory)
+            await run_program(self._pump, self._shadows, argv, env, connection, place)
+        except OSError as error:
+            await connection.send(ERROR, _why_not_brought(error).encode())
+        finally:
+            self._files.forget_attributes()
 
     async def _change_modules(self, connection: Connection, name: str, parameters: str | None) -> None:
         """Load the module whose file the client sends, or, without parameters, remove it."""
@@ -181,6 +203,12 @@ class Control:
             "slots": len(self._pump.agent.tasks),
             "counters": getattr(self._pump.machine.cpu, "counters", {}),
         }
+
+
+def _why_not_brought(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = "; it is to fit the guest's memory: --memory" if error.errno in (errno.EFBIG, errno.ENOSPC) else ""
+    return f"{where}{error.strerror}{remedy}"
 
 
 def _texts(values: dict[Any, Any]) -> dict[str, str]:

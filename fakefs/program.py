@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -32,7 +33,9 @@ _CHUNK = 32768
 _SIGACTION_SIZE = 32
 _STATUS_AT = 0
 _PIPES_AT = 64
+_DIRECTORY_AT = 0x40
 _ARGUMENTS_AT = 0x400
+_DIRECTORY_MAX = _ARGUMENTS_AT - _DIRECTORY_AT - 1
 _ARGUMENTS_MAX = 0x8000
 _SEARCH = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/")
 
@@ -44,9 +47,24 @@ class Client(Protocol):
     async def receive(self) -> tuple[int, bytes] | None: ...
 
 
-async def run_program(pump: Pump, shadows: Shadows, argv: Sequence[str], env: dict[str, str], client: Client) -> None:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The guest path of a program that is not to be searched for, and the directory it starts in."""
+
+    program: bytes
+    directory: bytes
+
+
+async def run_program(
+    pump: Pump,
+    shadows: Shadows,
+    argv: Sequence[str],
+    env: dict[str, str],
+    client: Client,
+    place: Place | None = None,
+) -> None:
     """Run `argv` in the guest; frames carry its input and output, EXIT its status (128 + signal when killed)."""
-    program = _Program(pump, shadows, client)
+    program = _Program(pump, shadows, client, place)
     try:
         await program.run([os.fsencode(word) for word in argv], [os.fsencode(f"{k}={v}") for k, v in env.items()])
     except* OSError as errors:
@@ -57,11 +75,12 @@ async def run_program(pump: Pump, shadows: Shadows, argv: Sequence[str], env: di
 
 
 class _Program:
-    def __init__(self, pump: Pump, shadows: Shadows, client: Client) -> None:
+    def __init__(self, pump: Pump, shadows: Shadows, client: Client, place: Place | None) -> None:
         self.pump = pump
         self.agent = pump.agent
         self.shadows = shadows
         self.client = client
+        self.place = place
         self.helpers: list[Shadow] = []
         self.child: Task | None = None
 
@@ -128,10 +147,11 @@ class _Program:
         return self.pump.begin(child, self._exec_calls(child, argv, env, fds))
 
     def _exec_calls(self, child: Task, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> list[Call]:
-        if b"/" in argv[0]:
-            paths, words = [argv[0]], argv
+        words, searched = argv, self.place is None and b"/" not in argv[0]
+        if searched:
+            paths = [os.fsencode(directory) + argv[0] for directory in _SEARCH]
         else:
-            paths, words = [os.fsencode(directory) + argv[0] for directory in _SEARCH], argv
+            paths = [argv[0] if self.place is None else self.place.program]
         # A program that is no file may be one of busybox's: it goes by its first argument.
         busybox = [b"/bin/busybox"]
         blob, offsets = strings([*paths, *busybox, *words, *env])
@@ -146,14 +166,15 @@ class _Program:
         self.agent.put(child, 0, bytes(_SIGACTION_SIZE))  # SIG_DFL
         self.agent.put(child, _ARGUMENTS_AT, blob)
         self.agent.put(child, pointers_at, struct.pack(f"<{len(pointers)}Q", *pointers))
-        self.agent.put(child, 32, b"/\0")
-        candidates = paths if b"/" in argv[0] else [*paths, *busybox]
+        directory = b"/" if self.place is None or len(self.place.directory) > _DIRECTORY_MAX else self.place.directory
+        self.agent.put(child, _DIRECTORY_AT, directory + b"\0")
+        candidates = [*paths, *busybox] if searched else paths
         return [
             *((Sys.DUP2, fd, number) for number, fd in enumerate(fds)),
             (Sys.CLOSE_RANGE, _STDERR + 1, _ALL_FDS, 0),
             *((Sys.RT_SIGACTION, number, at(0), 0, 8) for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT)),
             (Sys.SETSID,),
-            (Sys.CHDIR, at(32)),
+            (Sys.CHDIR, at(_DIRECTORY_AT)),
             *((Sys.EXECVE, where[index], at(argv_at), at(env_at)) for index in range(len(candidates))),
             (Sys.EXIT, 127),
         ]

@@ -74,13 +74,20 @@ class HostFiles:
             finally:
                 await self._call(lambda at, _: (Sys.CHDIR, at), b"/")
 
-    async def bring(self, caller: Caller, paths: Iterable[bytes]) -> None:
-        """Bring files at absolute paths. Raises OSError with the path as its file name, as `at_hand()` does."""
+    async def bring(self, caller: Caller, paths: Iterable[bytes], directory: bytes = b"/") -> None:
+        """Bring files at absolute paths, all or none, and have a directory there.
+
+        Raises OSError with the path as its file name, as `at_hand()` does.
+        """
         async with self._lock:
+            before = set(self._copies)
+            await self._make_directories(directory)
             for path in paths:
                 try:
                     await self._bring(caller, path)
                 except OSError as error:
+                    for copy in set(self._copies) - before:
+                        await self._remove(copy)
                     raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
 
     async def _bring(self, caller: Caller, path: bytes) -> None:
