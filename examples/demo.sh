@@ -24,7 +24,7 @@ echo "\$ fakefs mount${*:+ $*} $directory"
 "$fakefs" mount "$@" "$directory"
 echo "\$ cd $directory; cat available_tracers"
 cat "$directory/available_tracers"
-for example in kprobe kretprobe histogram latency wprobe errors; do
+for example in kprobe kretprobe histogram latency uprobe wprobe errors; do
 	"$here/$example.sh" "$directory"
 done
 

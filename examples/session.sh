@@ -55,7 +55,7 @@ end_workload() {
 clean() {
 	end_workload
 	local event
-	for event in events/kprobes/{leave,enter,myprobe,myretprobe} events/synthetic/read_time; do
+	for event in events/kprobes/{leave,enter,myprobe,myretprobe} events/synthetic/read_time events/uprobes/{echo,echoed,exit}; do
 		[[ ! -e $event ]] || { : >"$event/trigger"; echo 0 >"$event/enable"; }
 	done
 	echo >dynamic_events

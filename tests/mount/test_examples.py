@@ -111,6 +111,17 @@ def test_latency(mount: Mounted) -> None:
     assert "    Hits: 30" in sections["cat events/synthetic/read_time/hist"]
 
 
+def test_uprobe(mount: Mounted) -> None:
+    sections = _sections(run("uprobe", mount))
+    assert _by_start(sections, "fakefs exec --host-binary . -- bash -c 'echo hello") == ["hello", "world"]
+    hits = _hits(sections["cat trace"])
+    assert [(hit[0], hit[3]) for hit in hits] == [("bash", "echo"), ("bash", "echoed")] * 2
+    assert [hit[4].rpartition(") ")[2] for hit in hits] == ['word="hello"', "status=0", 'word="world"', "status=0"]
+    assert [line.split()[1:] for line in sections["cat uprobe_profile"] if line] == [["echo", "2"], ["echoed", "2"]]
+    hits = _hits(sections['grep -v "^#" trace'])
+    assert [(hit[0], hit[4].rpartition(" ")[2]) for hit in hits] == [("ls", "status=0"), ("bash", "status=3")]
+
+
 def test_errors(mount: Mounted) -> None:
     sections = _sections(run("errors", mount))
     refused = [lines for command, lines in sections.items() if command.startswith("echo 'p:")]
