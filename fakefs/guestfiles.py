@@ -280,25 +280,19 @@ class GuestFiles:
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         """write(2) by the caller's shadow; what does not fit a slot goes in pieces that end at line ends."""
         assert isinstance(file, GuestFile)
-        if takes_uprobes(file.path):
-            async with self.host_files.at_hand(caller, data):
-                return await self._write(caller, file, offset, data, flags)
-        return await self._write(caller, file, offset, data, flags)
-
-    async def _write(self, caller: Caller, file: GuestFile, offset: int, data: bytes, flags: int) -> int:
+        directory = await self.host_files.bring_named(caller, data) if takes_uprobes(file.path) else None
         shadow = await self._shadows.of(caller)
-        if shadow.apart and takes_uprobes(file.path):
-            shadow = self._shadows.init  # what definitions name was brought to where init looks
         written = 0
         async with shadow.lock:
             fd = await self._shadows.descriptor(shadow, file.handle)
+            enter, leave = self.host_files.visit(shadow, directory)
             for piece in _pieces(data):
                 # An offset means nothing to a tracefs; O_APPEND descriptors come with the host's idea of the size.
                 at = file.position if flags & os.O_APPEND else offset + written
                 before = self._before(file, fd, at, flags)
                 self._agent.put(shadow.task, _BUFFER, piece)
-                calls = [*before, (Sys.WRITE, fd, shadow.task.virtual(_BUFFER), len(piece))]
-                result = (await self._pump.call(shadow.task, calls))[-1]
+                calls = [*before, *enter, (Sys.WRITE, fd, shadow.task.virtual(_BUFFER), len(piece)), *leave]
+                result = (await self._pump.call(shadow.task, calls))[len(before) + len(enter)]
                 if result < 0 and written:
                     break
                 file.position = at + _check(result)

@@ -91,6 +91,10 @@ class Shadow:
     __slots__ = ("comm", "descriptors", "lock", "task", "tid")
     apart = False
     """A process with a root directory of its own; others tell when it ends."""
+    root = b"/"
+    """The guest path of its root directory."""
+    cwd = "/"
+    """Its working directory, below its root."""
 
     def __init__(self, task: Task, tid: int, comm: bytes, descriptors: dict[Handle, int] | None = None) -> None:
         self.task = task

@@ -11,16 +11,15 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 
 import trio
 
-from emulator.agent import DATA_SIZE, Call
+from emulator.agent import DATA_SIZE, Call, strings
 from fakefs.files import Caller
 from fakefs.hostfiles.definitions import named_files
 from fakefs.hostfiles.look import Found, Identity, Step, directory_of, find
-from fakefs.shadow import Shadows
+from fakefs.shadow import Shadow, Shadows
 from fakefs.syscalls import Sys
 
 _AT_FDCWD = -100
@@ -31,6 +30,7 @@ _PIECE = (DATA_SIZE - 0x400) & ~4095
 _STATX_INO = 0x100
 _STATX = struct.Struct("<32xQ96xII")  # inode, device; struct statx of <linux/stat.h>
 _SYSINFO = struct.Struct("<40xQ56xI")  # freeram, mem_unit; struct sysinfo of <linux/sysinfo.h>
+_REAL_ROOT = b"/proc/1/root"
 _COMING = b".fakefs-coming"
 
 _File = tuple[int, int, int]
@@ -48,36 +48,46 @@ class HostFiles:
         self._copies: dict[bytes, tuple[Identity, _File]] = {}
         self._links: dict[bytes, bytes] = {}
 
-    @asynccontextmanager
-    async def at_hand(self, caller: Caller, definitions: bytes) -> AsyncIterator[None]:
-        """Have the files at hand that uprobe definitions name, while they are written.
+    async def bring_named(self, caller: Caller, definitions: bytes) -> bytes | None:
+        """Bring the files that uprobe definitions name; return the directory where relative paths in them start.
 
-        Raises OSError: EACCES for a file that the caller may not read, EFBIG for one that is too big for the guest's
-        memory. Whatever else is wrong with a file, the guest says when it is asked to use it.
+        That is None when they name no file, and "/" when no path is relative. Raises OSError: EACCES for a file that
+        the caller may not read, EFBIG for one that is too big for the guest's memory. Whatever else is wrong with a
+        file, the guest says when it is asked to use it.
         """
         names = named_files(definitions)
         if not names:
-            yield
-            return
+            return None
+        base = b"/" if all(name.startswith(b"/") for name in names) else directory_of(caller)
         async with self._lock:
-            base = b"/" if all(name.startswith(b"/") for name in names) else directory_of(caller)
+            await self._make_directories(base)
             for name in names:
                 await self._bring(caller, os.path.join(base, name))
-            if base == b"/":
-                yield
-                return
-            await self._make_directories(base)
-            # All tasks have init's working directory; no other request depends on it.
-            await self._call(lambda at, _: (Sys.CHDIR, at), base)
-            try:
-                yield
-            finally:
-                await self._call(lambda at, _: (Sys.CHDIR, at), b"/")
+        return base
+
+    def visit(self, shadow: Shadow, directory: bytes | None) -> tuple[list[Call], list[Call]]:
+        """Return calls that take a shadow to the files it names, and back, as `bring_named()` has returned `directory`.
+
+        Shadows have init's root and working directory, which no call depends on, or those of a mirrored process.
+        Strings are put at the beginning of its data area. Hold its lock.
+        """
+        enter, leave = list[Call](), list[Call]()
+        if directory is None:
+            return enter, leave
+        back = shadow.root.rstrip(b"/") + os.fsencode(shadow.cwd)
+        blob, places = strings([_REAL_ROOT, shadow.root, directory, back])
+        self._agent.put(shadow.task, 0, blob)
+        root, own_root, there, own = (shadow.task.virtual(place) for place in places)
+        if directory != b"/":
+            enter, leave = [(Sys.CHDIR, there)], [(Sys.CHDIR, own)]
+        if shadow.root != b"/":
+            enter, leave = [(Sys.CHROOT, root), *enter], [*leave, (Sys.CHROOT, own_root)]
+        return enter, leave
 
     async def bring(self, caller: Caller, paths: Iterable[bytes], directory: bytes = b"/") -> None:
         """Bring files at absolute paths, all or none, and have a directory there.
 
-        Raises OSError with the path as its file name, as `at_hand()` does.
+        Raises OSError with the path as its file name, as `bring_named()` does.
         """
         async with self._lock:
             before = set(self._copies)

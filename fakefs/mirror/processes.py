@@ -39,6 +39,7 @@ class Mirrored(Shadow):
 
     __slots__ = ("cwd", "ended", "sleep", "tgid", "umask", "until")
     apart = True
+    root = OTHER_ROOT
 
     def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
         super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)

@@ -459,3 +459,33 @@ def test_nothing_hangs_on_a_path_that_hangs(m: Mounted, tmp_path: Path) -> None:
     writer = m.popen(["bash", "-c", f"echo 'p:x {tmp_path}/fifo:0' > uprobe_events"], stderr=subprocess.DEVNULL)
     until(lambda: writer.poll() is not None, 20, "the writer's end")
     assert m.read("tracing_on") == "1\n"
+
+
+def test_writers_that_are_mirrored(environment: dict[str, str], kernel_path: Path, dynamic: Program) -> None:
+    """Their shadows have another root directory and a stub at the path of their program; uprobes are on a copy."""
+    script = f"""
+        set -e
+        cd {dynamic.path.parent}
+        echo 'p:echo /bin/bash:0x100' > /sys/kernel/tracing/uprobe_events
+        echo 'p:adds ./measure:{dynamic.offset("add")} b=%si' >> /sys/kernel/tracing/uprobe_events
+        echo 1 > /sys/kernel/tracing/events/uprobes/adds/enable
+        {shlex.join(FAKEFS)} exec --host-binary -- ./measure abc || true
+        cat /sys/kernel/tracing/uprobe_events
+        grep -c 'measure-.*adds: .* b=0x3' /sys/kernel/tracing/trace
+        : > here # the shadow is back where it was
+        {shlex.join(FAKEFS)} exec -- ls /host{dynamic.path.parent}
+        rm here
+    """
+    done = subprocess.run(
+        [*FAKEFS, "run", "--mirror=files", "--kernel", str(kernel_path), "--", "/bin/bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    shown = ["p:uprobes/echo", f"/bin/bash:0x{0x100:016x}", "p:uprobes/adds"]
+    shown += [f"./measure:0x{dynamic.offset('add'):016x}", "b=%si"]
+    assert done.stdout.split()[:7] == ["3", *shown, "1"]
+    assert "here" in done.stdout.split()[7:]
