@@ -17,7 +17,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CORE = ["core", "watch", "watch_hits", "watch_table", "paging", "operand", "redirect", "smc", "translate", "plt"]
+CORE = [
+    *("core", "operand", "paging", "plt", "redirect", "shortcuts", "smc", "translate"),
+    *("watch", "watch_hits", "watch_table"),
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 LIBRARY = ["-O2", "-g", "-fPIC", "-shared", "-Wl,-z,relro,-z,now"]
 FREESTANDING = [

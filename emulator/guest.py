@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emulator import seqfile, textpoke
+from emulator import seqfile, shortcuts, textpoke
 from emulator.agent import Agent, Call
 from emulator.cpu.interface import CPU, GuestDied, PortIO, Stop
 from emulator.cpu.libunicorn import WANTED_VERSION
 from emulator.errors import EmulatorError
-from emulator.kernel.facts import SeqFileFacts, TextPokeFacts
+from emulator.kernel.facts import RecordFacts, SeqFileFacts, SymbolNameFacts, TextPokeFacts
 from emulator.machine import Machine
 from emulator.memory import Memory
 from emulator.snapshot import FORMAT, DamagedSnapshot, Snapshot, open_snapshot, save
@@ -92,6 +92,8 @@ class Guest:
         self.snapshot = snapshot
         self.text_poke: TextPokeFacts | None = None
         self.seq_file: SeqFileFacts | None = None
+        self.records: RecordFacts | None = None
+        self.symbol_names: SymbolNameFacts | None = None
         self.notes: object = None if snapshot is None else snapshot.manifest.get("notes")
 
     def call(self, *calls: Call) -> list[int]:
@@ -188,7 +190,7 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
     from emulator.boot import BootImage, load
     from emulator.kernel import kallsyms
     from emulator.kernel.btf import Btf
-    from emulator.kernel.facts import seq_file_facts, text_poke_facts, wake_facts
+    from emulator.kernel.facts import record_facts, seq_file_facts, symbol_name_facts, text_poke_facts, wake_facts
     from emulator.kernel.image import KernelImage
 
     image = KernelImage.load(recipe.kernel)
@@ -213,6 +215,8 @@ def boot(recipe: Recipe, progress: Progress | None = None, cpu_factory: Callable
     guest = Guest(machine, agent, image.version)
     guest.text_poke = text_poke_facts(symbols, btf)
     guest.seq_file = seq_file_facts(symbols, btf)
+    guest.records = record_facts(symbols, btf)
+    guest.symbol_names = symbol_name_facts(symbols)
     guest.symbols = symbols
     guest.btf = btf
     return guest
@@ -257,6 +261,8 @@ def _snapshot(guest: Guest, directory: Path) -> Snapshot:
         "notes": guest.notes,
         "text_poke": guest.text_poke.to_json() if guest.text_poke else None,
         "seq_file": guest.seq_file.to_json() if guest.seq_file else None,
+        "records": guest.records.to_json() if guest.records else None,
+        "symbol_names": guest.symbol_names.to_json() if guest.symbol_names else None,
         "console": guest.machine.console.text()[-65536:],
     }
     return save(
@@ -278,6 +284,8 @@ def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) 
         agent.load(manifest["agent"])
         text_poke = TextPokeFacts.from_json(manifest["text_poke"]) if manifest["text_poke"] else None
         seq_file = SeqFileFacts.from_json(manifest["seq_file"]) if manifest["seq_file"] else None
+        records = RecordFacts.from_json(manifest["records"]) if manifest["records"] else None
+        names = SymbolNameFacts.from_json(manifest["symbol_names"]) if manifest["symbol_names"] else None
     except BaseException:
         machine.close()
         raise
@@ -286,4 +294,5 @@ def restore(snapshot: Snapshot, cpu_factory: Callable[[PortIO], CPU] = _native) 
         textpoke.install(machine, text_poke)
     if seq_file is not None:
         seqfile.install(machine, seq_file)
+    shortcuts.install(machine, records, names)
     return guest

@@ -15,9 +15,11 @@ OFFSETS = (
 )  # fmt: skip
 WATCH_OFFSETS = ("cpu_cflags_next_tb", "cpu_icount", "env_dr", "env_watchpoint", "env_cr")
 REDIRECT_VALUES = 5  # of enum redirect_value
+_SHORTCUT_KINDS, _SHORTCUT_BODIES = 2, 5
 TRANSLATE = {
     "emit_check": "check_exit_request_x86_64",
     "emit_call": "tcg_gen_callN_x86_64",
+    "make_block": "tb_gen_code_x86_64",
     "check": "helper_check_exit_request_x86_64",
     "hook_helper": "helper_uc_tracecode",
     "constant": "tcg_const_i64_x86_64",
@@ -26,6 +28,7 @@ TRANSLATE = {
     "new_label": "gen_new_label_x86_64",
     "op1": "tcg_gen_op1_x86_64",
     "op3": "tcg_gen_op3_x86_64",
+    "go_on": "tcg_gen_lookup_and_goto_ptr_x86_64",
     "branch": "tcg_gen_brcondi_i64_x86_64",
 }
 
@@ -137,6 +140,38 @@ class Translate(ctypes.Structure):
     )
 
 
+class ShortcutBody(ctypes.Structure):
+    """struct shortcut_body."""
+
+    _fields_ = (("now", c_void_p), ("first", c_void_p), ("size", c_uint64))
+
+
+class Shortcut(ctypes.Structure):
+    """struct shortcut."""
+
+    _fields_ = (
+        ("address", c_uint64),
+        ("taken", c_uint64),
+        ("declined", c_uint64),
+        ("bodies", c_uint64),
+        ("body", ShortcutBody * _SHORTCUT_BODIES),
+    )
+
+
+class ShortcutValues(ctypes.Structure):
+    """struct shortcuts."""
+
+    _fields_ = (
+        ("list", Shortcut * _SHORTCUT_KINDS),
+        *((name, c_uint64) for name in ("caller_low", "caller_high", "names", "names_end", "markers")),
+        *((name, c_uint32) for name in ("iter_page", "iter_index", "page_next", "page_records")),
+        *((name, c_uint32) for name in ("page_used", "record_size", "record_flags", "busy")),
+        ("names_at", c_void_p),
+        ("returned", c_int32),
+        ("blocked", c_int32),
+    )
+
+
 class Core(ctypes.Structure):
     """struct core."""
 
@@ -175,6 +210,7 @@ class Core(ctypes.Structure):
         ("redirect", Redirect),
         ("smc", Smc),
         ("translate", Translate),
+        ("shortcuts", ShortcutValues),
     )
 
 
@@ -207,4 +243,7 @@ def library() -> ctypes.CDLL:
     lib.core_translate.argtypes = [POINTER(Core), c_void_p]
     lib.translate_detach.argtypes = [POINTER(Core)]
     lib.translate_detach.restype = None
+    lib.shortcuts_install.argtypes = [POINTER(Core), c_int, c_uint64, POINTER(c_uint64), c_int]
+    lib.shortcuts_detach.argtypes = [POINTER(Core)]
+    lib.shortcuts_detach.restype = None
     return lib

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_uint32, c_uint64, c_void_p
 
@@ -16,6 +16,7 @@ from emulator.cpu import layout as layouts
 from emulator.cpu import libunicorn
 from emulator.cpu.core import OFFSETS, TRANSLATE, Core, PollFd, library
 from emulator.cpu.interface import NS_PER_BLOCK, GuestDied, PortIO, Stop
+from emulator.cpu.shortcuts import Shortcuts
 from emulator.cpu.unicorn_cpu import FEATURES_OFF, FEATURES_ON, HYPERCALL_LEAF, MAX_WATCHED, UnicornCPU
 from emulator.cpu.watchpoints import CFLAGS_NEXT_TB, Watchpoints
 from emulator.errors import EmulatorError
@@ -37,6 +38,7 @@ class NativeCPU(UnicornCPU):
         self.layout = layouts.find(self.engine)
         self._lib = library()
         self._core = self._attach()
+        self.shortcuts = None if plain else Shortcuts(self._core)
         if not plain:
             self._leave_out_checks()
         self.engine.hook_ports(self._port_read, self._port_write)
@@ -117,8 +119,15 @@ class NativeCPU(UnicornCPU):
         finally:
             self._hflags.value |= ring
 
+    def add_trap(self, address: int, when: Callable[[], bool] | None = None) -> None:
+        if self.shortcuts and address not in self._traps and self.shortcuts.stand_for(address):
+            self.shortcuts.block(1)
+        super().add_trap(address, when)
+
     def remove_trap(self, address: int) -> None:
         super().remove_trap(address)
+        if self.shortcuts and self.shortcuts.stand_for(address):
+            self.shortcuts.block(-1)
         with self._in_kernel_mode():
             self.engine.unhook(self._trap_hooks.pop(address))
 
@@ -203,6 +212,7 @@ class NativeCPU(UnicornCPU):
         self._lib.watch_detach(self._core)
         self._lib.smc_detach(self._core)
         self._lib.translate_detach(self._core)
+        self._lib.shortcuts_detach(self._core)
 
     # ---- state
 

@@ -6,6 +6,7 @@ Looked up once per kernel in its symbols and BTF, and kept in the snapshot. See 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -115,6 +116,89 @@ class SeqFileFacts:
         if len(numbers) != len(given):
             raise EmulatorError("snapshot: the seq_file facts are not of this version")
         return cls(tuple(numbers[3:]), *numbers[:3])
+
+
+@dataclass(frozen=True)
+class RecordFacts(Facts):
+    """The loops over all functions ftrace knows (see `emulator.shortcuts`): functions with their ends, offsets."""
+
+    next: int  # ftrace_rec_iter_next()
+    next_end: int
+    replace: int  # ftrace_replace_code(), which calls it and the following ones
+    replace_end: int
+    record: int  # ftrace_rec_iter_record()
+    record_end: int
+    test: int  # ftrace_test_record()
+    test_end: int
+    check: int  # ftrace_check_record()
+    check_end: int
+    iter_page: int
+    iter_index: int
+    page_next: int
+    page_records: int
+    page_used: int
+    record_size: int
+    record_flags: int
+    busy: int  # flags: being traced, or the number of tracers
+
+
+@dataclass(frozen=True)
+class SymbolNameFacts(Facts):
+    """The kernel's compressed symbol names: guest virtual addresses."""
+
+    function: int  # get_symbol_offset()
+    function_end: int
+    names: int
+    markers: int  # the table behind the names
+
+
+# From the highest bit down; the bits below the last are a counter. The first is what a record's state is compared by.
+_RECORD_FLAGS = (
+    "ENABLED", "REGS", "REGS_EN", "TRAMP", "TRAMP_EN", "IPMODIFY", "DISABLED", "DIRECT", "DIRECT_EN", "CALL_OPS",
+    "CALL_OPS_EN", "TOUCHED", "MODIFIED",
+)  # fmt: skip
+
+
+def record_facts(symbols: Symbols, btf: Btf) -> RecordFacts | None:
+    """Look the facts up; None for a kernel that keeps its records in some other way."""
+    from emulator.kernel.btf import BtfLookupError
+
+    def extent(label: str, name: str) -> dict[str, int]:
+        return {label: symbols[name], f"{label}_end": symbols.after(symbols[name])}
+
+    try:
+        flags = [btf.constant("FTRACE_FL_ENABLED"), btf.constant("FTRACE_FL_DISABLED")]
+        for name in _RECORD_FLAGS:
+            with suppress(BtfLookupError):
+                flags.append(btf.constant(f"FTRACE_FL_{name}"))
+        return RecordFacts(
+            **extent("next", "ftrace_rec_iter_next"),
+            **extent("replace", "ftrace_replace_code"),
+            **extent("record", "ftrace_rec_iter_record"),
+            **extent("test", "ftrace_test_record"),
+            **extent("check", "ftrace_check_record"),
+            iter_page=btf.offsetof("ftrace_rec_iter", "pg"),
+            iter_index=btf.offsetof("ftrace_rec_iter", "index"),
+            page_next=btf.offsetof("ftrace_page", "next"),
+            page_records=btf.offsetof("ftrace_page", "records"),
+            page_used=btf.offsetof("ftrace_page", "index"),
+            record_size=btf.sizeof("dyn_ftrace"),
+            record_flags=btf.offsetof("dyn_ftrace", "flags"),
+            busy=flags[0] | min(flags) - 1,
+        )
+    except (KeyError, BtfLookupError):
+        return None
+
+
+def symbol_name_facts(symbols: Symbols) -> SymbolNameFacts | None:
+    """Look the facts up; None for a kernel that does not list its tables, or has them in another order."""
+    try:
+        function, names, markers = (
+            symbols[name] for name in ("get_symbol_offset", "kallsyms_names", "kallsyms_markers")
+        )
+        return SymbolNameFacts(function, symbols.after(function), names, markers) if names < markers else None
+    except KeyError:
+        return None
 
 
 def seq_file_facts(symbols: Symbols, btf: Btf) -> SeqFileFacts:

@@ -102,6 +102,13 @@ class Symbols:
         index = bisect_left(self._addresses, self._addresses[index])
         return self._symbol(index), address - self._addresses[index]
 
+    def after(self, address: int) -> int:
+        """Return the address of the first symbol behind `address`: where the function there ends. Raises KeyError."""
+        index = bisect_right(self._addresses, address)
+        if index == len(self):
+            raise KeyError(address)
+        return self._addresses[index]
+
     def symbolize(self, address: int) -> str:
         """Write `address` as the kernel does, "vfs_read+0x10" or "ext4_sync_file+0x0 [ext4]"; in hex if nameless."""
         found = self.at(address)

@@ -112,9 +112,13 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
 	struct core *c = data;
 
-	(void)uc, (void)address;
-	/* Without a size it is the call of translate.c, which has counted the block and looks for us at stops. */
+	(void)uc;
+	/* Calls without a size are those of translate.c, which has counted the block: for a shortcut, or to stop. */
 	c->budget -= size != 0;
+	if (!size && address) {
+		shortcuts_take(c, address);
+		return;
+	}
 	if (__builtin_expect(c->budget < 0, 0))
 		budget_used(c);
 	if (__builtin_expect(*c->translate.exit_request < 0, 0))

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "redirect.h"
+#include "shortcuts.h"
 #include "smc.h"
 #include "translate.h"
 #include "watch.h"
@@ -80,6 +81,7 @@ struct core {
 	struct redirect redirect;
 	struct smc smc;
 	struct translate translate;
+	struct shortcuts shortcuts;
 };
 
 /* Our bit in QEMU's interrupt_request (CPU_INTERRUPT_TGT_INT_2, which its x86 does not use). */

@@ -2,6 +2,7 @@
  * See translate.h. Unicorn emits the look for a stop through check_exit_request() behind an access to memory and behind
  * a hook on an instruction, and directly at the start of a block. Only that behind a hook is needed: such a hook stops
  * the CPU in front of its instruction. All calls of functions come by tcg_gen_callN(), that of the block hook too.
+ * Temporaries do not live on behind a branch or a label.
  */
 #define _GNU_SOURCE /* dl_iterate_phdr() */
 #include "translate.h"
@@ -16,7 +17,7 @@
 
 /* TCGOpcode, TCGType and TCGCond of Unicorn 2.1.4 (tcg-opc.h, tcg.h); tests/unit/test_translate.py checks the first. */
 enum { OP_SET_LABEL = 1, OP_LD32S_I64 = 72, OP_LD_I64 = 73, OP_ST_I64 = 77, OP_ADD_I64 = 78, OP_OR_I64 = 88 };
-enum { TYPE_I64 = 1, COND_GE = 3 };
+enum { TYPE_I64 = 1, COND_GE = 3, COND_EQ = 8 };
 #define LABEL_PRESENT 1u /* the first bit of a TCGLabel */
 #define HOOK_ARGUMENTS 4
 
@@ -26,6 +27,8 @@ static uintptr_t unicorn_low, unicorn_high;
 /* Unicorn's own, once ours are in their place. */
 static void (*qemu_emit_check)(void *tcg);
 static void (*qemu_emit_call)(void *tcg, void *function, void *result, int count, void **arguments);
+static void *(*qemu_make_block)(void *cpu, uint64_t pc, uint64_t cs_base, uint32_t flags, int cflags);
+static uint64_t block_address; /* of the block being made */
 /* The call emitted last was one of a hook; a look that is needed is being emitted. */
 static bool behind_hook, needed;
 
@@ -39,6 +42,47 @@ static variable new_variable(void *tcg)
 	return (uintptr_t)running->translate.new_temp(tcg, TYPE_I64, false) - (uintptr_t)tcg;
 }
 
+/* Call the block hook with a size of 0, and an address. */
+static void emit_hook(void *tcg, uint64_t address)
+{
+	const struct translate *t = &running->translate;
+	variable at = t->constant(tcg, (int64_t)address), size = t->constant(tcg, 0);
+	variable data = t->constant(tcg, (int64_t)(uintptr_t)running);
+
+	qemu_emit_call(tcg, t->block_hook, NULL, HOOK_ARGUMENTS,
+		       (void *[]){ (void *)temp(tcg, size), (void *)temp(tcg, at), (void *)temp(tcg, size),
+				   (void *)temp(tcg, data) });
+	for (size_t i = 0; i < 3; i++)
+		t->free_temp(tcg, (void *)temp(tcg, (variable[]){ at, size, data }[i]));
+}
+
+static void emit_label(void *tcg, void *label)
+{
+	*(uint32_t *)label |= LABEL_PRESENT;
+	running->translate.op1(tcg, OP_SET_LABEL, (uintptr_t)label);
+}
+
+/*
+ *	block_hook(..., address, size 0, core);
+ *	if (returned)
+ *		go on at RIP;
+ */
+static void emit_shortcut(void *tcg)
+{
+	const struct translate *t = &running->translate;
+	variable returned_at, returned = new_variable(tcg);
+	void *label = t->new_label(tcg);
+
+	emit_hook(tcg, block_address);
+	returned_at = t->constant(tcg, (int64_t)(uintptr_t)&running->shortcuts.returned);
+	t->op3(tcg, OP_LD32S_I64, temp(tcg, returned), temp(tcg, returned_at), 0);
+	t->branch(tcg, COND_EQ, returned, 0, label);
+	t->go_on(tcg);
+	emit_label(tcg, label);
+	t->free_temp(tcg, (void *)temp(tcg, returned_at));
+	t->free_temp(tcg, (void *)temp(tcg, returned));
+}
+
 /*
  *	budget--;
  *	if (budget < 0 || *exit_request < 0)
@@ -49,7 +93,7 @@ static void emit_block_start(void *tcg)
 	const struct translate *t = &running->translate;
 	variable budget_at = t->constant(tcg, (int64_t)(uintptr_t)&running->budget);
 	variable stop_at = t->constant(tcg, (int64_t)(uintptr_t)t->exit_request);
-	variable one = t->constant(tcg, -1), left = new_variable(tcg), stop = new_variable(tcg), size, data;
+	variable one = t->constant(tcg, -1), left = new_variable(tcg), stop = new_variable(tcg);
 	void *label = t->new_label(tcg);
 
 	t->op3(tcg, OP_LD_I64, temp(tcg, left), temp(tcg, budget_at), 0);
@@ -58,16 +102,12 @@ static void emit_block_start(void *tcg)
 	t->op3(tcg, OP_LD32S_I64, temp(tcg, stop), temp(tcg, stop_at), 0);
 	t->op3(tcg, OP_OR_I64, temp(tcg, left), temp(tcg, left), temp(tcg, stop));
 	t->branch(tcg, COND_GE, left, 0, label);
-	/* Nothing of before the branch is still there. */
-	size = t->constant(tcg, 0);
-	data = t->constant(tcg, (int64_t)(uintptr_t)running);
-	qemu_emit_call(tcg, running->translate.block_hook, NULL, HOOK_ARGUMENTS,
-		       (void *[]){ (void *)temp(tcg, size), (void *)temp(tcg, size), (void *)temp(tcg, size),
-				   (void *)temp(tcg, data) });
-	*(uint32_t *)label |= LABEL_PRESENT;
-	t->op1(tcg, OP_SET_LABEL, (uintptr_t)label);
-	for (size_t i = 0; i < 7; i++)
-		t->free_temp(tcg, (void *)temp(tcg, (variable[]){ budget_at, stop_at, one, left, stop, size, data }[i]));
+	emit_hook(tcg, 0);
+	emit_label(tcg, label);
+	for (size_t i = 0; i < 5; i++)
+		t->free_temp(tcg, (void *)temp(tcg, (variable[]){ budget_at, stop_at, one, left, stop }[i]));
+	if (shortcuts_at(running, block_address))
+		emit_shortcut(tcg);
 }
 
 static bool is_hook(const void *function)
@@ -107,6 +147,12 @@ static void emit_check(void *tcg)
 	needed = false;
 }
 
+static void *make_block(void *cpu, uint64_t pc, uint64_t cs_base, uint32_t flags, int cflags)
+{
+	block_address = pc;
+	return qemu_make_block(cpu, pc, cs_base, flags, cflags);
+}
+
 /* dl_iterate_phdr() callback: note the extent of the library that `data` points into. */
 static int find_extent(struct dl_phdr_info *info, size_t size, void *data)
 {
@@ -133,15 +179,19 @@ static int find_extent(struct dl_phdr_info *info, size_t size, void *data)
 static int replace_functions(const struct translate *t)
 {
 	const void *call = (const void *)(uintptr_t)t->emit_call, *look = (const void *)(uintptr_t)t->emit_check;
+	const void *make = (const void *)(uintptr_t)t->make_block;
 	int error;
 
 	if (!dl_iterate_phdr(find_extent, (void *)(uintptr_t)t->emit_call))
 		return ENOENT;
 	qemu_emit_call = t->emit_call;
 	qemu_emit_check = t->emit_check;
+	qemu_make_block = t->make_block;
 	error = plt_redirect(call, (const void *)(uintptr_t)emit_call);
 	if (!error)
 		error = plt_redirect(look, (const void *)(uintptr_t)emit_check);
+	if (!error)
+		error = plt_redirect(make, (const void *)(uintptr_t)make_block);
 	if (error)
 		qemu_emit_call = NULL;
 	return error;

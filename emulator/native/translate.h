@@ -18,6 +18,8 @@ struct translate {
 	/* Two of Unicorn's functions that emit code, replaced; and the function whose calls they emit (see `check`). */
 	void (*emit_check)(void *tcg);
 	void (*emit_call)(void *tcg, void *function, void *result, int count, void **arguments);
+	/* tb_gen_code(), which makes a block: replaced to know of which address. */
+	void *(*make_block)(void *cpu, uint64_t pc, uint64_t cs_base, uint32_t flags, int cflags);
 	/* Leaves translated code for good when a stop is wanted. */
 	void (*check)(void *uc, uint32_t in_delay_slot);
 	/* Calls hooks when there are several of a kind. */
@@ -29,6 +31,7 @@ struct translate {
 	void *(*new_label)(void *tcg);
 	void (*op1)(void *tcg, int op, uintptr_t a);
 	void (*op3)(void *tcg, int op, uintptr_t a, uintptr_t b, uintptr_t c);
+	void (*go_on)(void *tcg); /* to the block at RIP: tcg_gen_lookup_and_goto_ptr() */
 	void (*branch)(void *tcg, int condition, variable a, int64_t b, void *label);
 	/* A UC_HOOK_BLOCK callback, the only hook of its kind; NULL: translate as Unicorn does. */
 	void *block_hook;
