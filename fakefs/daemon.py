@@ -68,7 +68,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
     watched: list[int] = []
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
-        files = _files(guest, service, shadows, nursery)
+        files = make_files(guest, service, shadows, nursery)
         control = Control(service.mountpoint, pump, shadows, files, service.filesystem)
         nursery.start_soon(_keep_running, pump, watched)
         if not service.deterministic:
@@ -105,7 +105,7 @@ def _mirror(shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> 
     nursery.start_soon(mirror.run)
 
 
-def _files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:
+def make_files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:
     """Return the guest's files, with wprobes unless they are not wanted or this kernel cannot carry them."""
     is_static = StaticPaths(noted(guest, "events"), TRACEFS)
     if service.wprobe == "off":

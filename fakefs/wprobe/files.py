@@ -110,6 +110,11 @@ class WprobeFiles(GuestFiles):
                 return len(data)
         return await super().write(caller, file, offset, data, flags, intr)
 
+    async def rmdir(self, caller: Caller, path: bytes) -> None:
+        """rmdir(2); an instance takes its triggers with it."""
+        await super().rmdir(caller, path)
+        await self.drop_stale()
+
     # ---- what our parts do with the guest's own files
 
     async def open_text(self, caller: Caller, path: bytes, flags: int, role: Role, mode: int = 0) -> TextFile:

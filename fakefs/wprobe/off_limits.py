@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 from emulator.errors import EmulatorError
@@ -27,7 +28,7 @@ _CODE = (
 _IDT_SIZE = 4096
 _CPU_ENTRY_AREA = (0xFFFF_FE00_0000_0000, 0xFFFF_FE80_0000_0000)  # Documentation/arch/x86/x86_64/mm.rst
 _ARRAYS_MAX = 1024
-_PAGES_MAX = 1 << 20
+_PAGES_MAX = 1 << 20  # of all buffers: 4 GiB
 _FLAGS = 3  # in the links between the pages of a ring buffer
 
 
@@ -146,7 +147,8 @@ class OffLimits:
         try:
             for per_cpu, order in self._per_cpu_buffers():
                 key = (per_cpu, self._word(per_cpu + self._facts.nr_pages))
-                known[key] = self._buffers.get(key) or frozenset(self._pages(per_cpu, order))
+                room = _PAGES_MAX - sum(map(len, known.values()))
+                known[key] = self._buffers.get(key) or frozenset(islice(self._pages(per_cpu, order), room))
         except BadAddress:
             pass  # in the middle of a change; what was found counts
         self._buffers = known
@@ -166,18 +168,21 @@ class OffLimits:
                     yield self._word(self._word(buffer + facts.buffers)), min(order, 10)
 
     def _pages(self, per_cpu: int, order: int) -> Iterator[int]:
-        """Yield the numbers of a ring buffer's pages: the ring's, and the reader's, which is outside it."""
+        """Yield the numbers of a ring buffer's pages, without end if the guest has it so."""
         facts = self._facts
-        first = at = self._word(per_cpu + facts.pages) & ~_FLAGS
-        nodes = [self._word(per_cpu + facts.reader_page) + facts.page_list]
-        for _ in range(_PAGES_MAX):
-            nodes.append(at)
-            at = self._word(at) & ~_FLAGS
-            if at == first:
-                break
-        for node in nodes:
+        for node in self._nodes(per_cpu):
             number = self._word(node - facts.page_list + facts.page) // PAGE
             yield from range(number, number + (1 << order))
+
+    def _nodes(self, per_cpu: int) -> Iterator[int]:
+        """Yield where pages are linked: the reader's, which is outside the ring, and the ring's."""
+        yield self._word(per_cpu + self._facts.reader_page) + self._facts.page_list
+        first = at = self._word(per_cpu + self._facts.pages) & ~_FLAGS
+        while True:
+            yield at
+            at = self._word(at) & ~_FLAGS
+            if at == first:
+                return
 
     def _word(self, at: int) -> int:
         return int.from_bytes(self._machine.memory.read_virtual(at, 8, self._machine.cpu.read("cr3")), "little")

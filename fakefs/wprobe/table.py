@@ -222,11 +222,10 @@ class Table:
         for file in {each.target_file for each in self.attached if each.target is wprobe and each.target_file}:
             at = file + self._facts.file_flags
             try:
-                cr3 = self._machine.cpu.read("cr3")
-                where = self._machine.memory.translate(at, cr3)
+                if self._word(file + self._facts.event_call) == wprobe.call:  # its instance may be gone
+                    self._put(at, self._word(at, 4) | self._facts.soft_disabled)
             except BadAddress:
                 continue
-            self._machine.memory.write_u64(where, self._machine.memory.read_u64(where) | self._facts.soft_disabled)
 
     # ---- inside the guest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import trio
 
 from emulator.guest import Guest
-from fakefs.daemon import Service, _files
+from fakefs.daemon import Service, make_files
 from fakefs.files import Caller
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
@@ -19,6 +20,7 @@ from fakefs.wprobe.table import Table
 from fakefs.wprobe.textfile import Never
 
 _ROOT = Caller(0, 0, 0)
+_HIT = re.compile(r" *\S+-\d+ +\[\d+\] \S+ +[\d.]+: (\w+): \((\S+)\) ?(.*)")
 
 
 class Served:
@@ -65,7 +67,7 @@ async def serving(guest: Guest, wprobe: str) -> AsyncIterator[Served]:
     pump = Pump(guest, deterministic=True)
     async with trio.open_nursery() as nursery:
         shadows = Shadows(pump, nursery)
-        files = _files(guest, Service(Path(), wprobe=wprobe), shadows, nursery)
+        files = make_files(guest, Service(Path(), wprobe=wprobe), shadows, nursery)
         assert isinstance(files, WprobeFiles)
         nursery.start_soon(pump.run)
         yield Served(files, guest)
@@ -80,3 +82,43 @@ def serve(guest: Guest, test: Callable[[Served], Awaitable[None]], wprobe: str =
             await test(served)
 
     trio.run(main)
+
+
+# ---- what tests of wprobes do
+
+
+async def define(tracefs: Served, *lines: str) -> None:
+    """Write lines to dynamic_events."""
+    for line in lines:
+        await tracefs.write("dynamic_events", line)
+
+
+async def hits(tracefs: Served, event: str) -> list[dict[str, str]]:
+    """The arguments of an event's records."""
+    found = [_HIT.fullmatch(line) for line in (await tracefs.read("trace")).splitlines()]
+    records = [match[3] for match in found if match and match[1] == event]
+    return [dict(word.split("=", 1) for word in record.split()) for record in records]
+
+
+async def touch(tracefs: Served, *names: str) -> None:
+    """Truncate files in the guest's /tmp, which have to be there: do_truncate() is called with their dentries."""
+    for name in names:
+        await tracefs.write(f"/tmp/{name}", "", truncate=True)
+
+
+async def make(tracefs: Served, *names: str) -> None:
+    """Make files in the guest's /tmp."""
+    for name in names:
+        await tracefs.write(f"/tmp/{name}", "x")
+
+
+async def object_watch(tracefs: Served, head: str = "w:watch", option: str = "") -> None:
+    """Have the dentries watched whose files are truncated, by a trigger on a kprobe."""
+    await define(tracefs, f"{head} rw@-1:8 a=$addr", "p:te do_truncate dentry=$arg2", "p:tc vfs_fallocate file=$arg1")
+    await tracefs.write("events/kprobes/te/trigger", f"set_wprobe:watch:dentry{option}")
+
+
+async def watched(tracefs: Served) -> str:
+    """What the line of `watch` in dynamic_events says it watches."""
+    [line] = [line for line in (await tracefs.read("dynamic_events")).splitlines() if "/watch " in line]
+    return line.split("@")[1].split(":")[0]
