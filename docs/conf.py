@@ -17,6 +17,7 @@ html_theme_options = {
     "page_width": "72rem",
 }
 html_copy_source = False
+suppress_warnings = ["misc.highlighting_failure"]  # Pygments does not know `> ` inside of quotes
 
 
 def setup(app: Any) -> None:
