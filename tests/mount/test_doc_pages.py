@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ SHOWN = "6.12."
 
 CHECKERS = (["groff", "-ww", "-man", "-Tutf8", "-z"], ["mandoc", "-T", "lint"])
 
-_SECONDS = 60
+_SECONDS = 180
 _DIRECTORY = "/tmp/tracing"
 _MARK = "=== of step "
 
@@ -55,21 +56,19 @@ def parts(block: Block, home: Path) -> Iterator[Part]:
     elif block.language == "console":
         for step in steps(block):
             yield Part(block, step, step.command)
+    elif "def test_" in block.text:
+        (home / f"test_line_{block.line}.py").write_text(block.text)
     else:
-        runner, name = _runner(block)
-        (home / name).write_text(block.text)
-        command = f"{runner} {shlex.quote(str(home / name))} >{shlex.quote(str(home))}/said 2>&1"
-        command += f" || {{ cat {shlex.quote(str(home))}/said; false; }}"
-        yield Part(block, Step(block.line, f"the {block.language} block"), command, must_succeed=True)
+        file = home / f"line-{block.line}.{block.language}"
+        file.write_text(block.text)
+        runner = "python3" if block.language == "python" else "bash -eu"
+        yield _script(block, f"the {block.language} block", f"{runner} {shlex.quote(str(file))}", home)
 
 
-def _runner(block: Block) -> tuple[str, str]:
-    """What runs a script, and the script's name."""
-    if block.language != "python":
-        return "bash -eu", f"block-{block.line}.sh"
-    if "def test_" in block.text:
-        return "pytest -q", f"test_block_{block.line}.py"
-    return "python3", f"block-{block.line}.py"
+def _script(block: Block, name: str, command: str, home: Path) -> Part:
+    """A command that must succeed, and whose output is of interest only when it does not."""
+    said = shlex.quote(f"{home}/said")
+    return Part(block, Step(block.line, name), f"{command} >{said} 2>&1 || {{ cat {said}; false; }}", must_succeed=True)
 
 
 @pytest.fixture
@@ -117,17 +116,10 @@ def _run(script: str, env: dict[str, str], home: Path) -> str:
             with output.open("ab") as more:
                 more.write(f"\nnot done after {_SECONDS} s\n".encode())
         finally:
-            os.killpg(process.pid, signal.SIGKILL) if _alive(process.pid) else None
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return output.read_text(errors="replace")
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -164,6 +156,8 @@ def _try(chosen: list[Block], shell: dict[str, str], kernel_path: Path, tmp_path
     home.mkdir()
     own = tmp_path / "tracing"
     todo = [part for block in chosen for part in parts(block, home)]
+    if tests := [block for block in chosen if block.language == "python" and "def test_" in block.text]:
+        todo.append(_script(tests[0], "this page's tests", f"cd {shlex.quote(str(home))}; pytest -q", home))
     version = kernel_path.parent.name if kernel_path.name == "vmlinuz" else kernel_path.name
     if todo and not version.startswith(SHOWN):
         pytest.skip(f"the pages show Linux {SHOWN}x, this is {version}")
