@@ -142,9 +142,16 @@ class Definition:
         return Pieces((head, gap, place, *(piece for arg in self.args for piece in arg.pieces)))
 
 
-def parse(line: str, symbols: Symbols, structs: Structs | None = None, *, extended: bool = False) -> Definition:
-    """Parse a line whose first word starts with `w`. Raises `ProbeError`."""
-    return _Parser(split_words(line), symbols, structs or NoStructs(), extended).parse()
+def parse(
+    line: str, symbols: Symbols, structs: Structs | None = None, *, extended: bool = False, per_cpu: bool = True
+) -> Definition:
+    """Parse a line whose first word starts with `w`. Raises `ProbeError`.
+
+    `per_cpu`: the guest's kernel knows this_cpu_read() and this_cpu_ptr().
+    """
+    found = structs or NoStructs()
+    guest = Guest(found, lambda name: symbols.lookup(name) is not None, extended, per_cpu)
+    return _Parser(split_words(line), symbols, guest).parse()
 
 
 class _Spec(NamedTuple):
@@ -158,12 +165,12 @@ class _Spec(NamedTuple):
 
 
 class _Parser:
-    def __init__(self, words: list[str], symbols: Symbols, structs: Structs, extended: bool) -> None:
+    def __init__(self, words: list[str], symbols: Symbols, guest: Guest) -> None:
         self._words = words
         self._line = " ".join(words)
         self._symbols = symbols
-        self._extended = extended
-        self._guest = Guest(structs, lambda name: symbols.lookup(name) is not None, extended)
+        self._extended = guest.extended
+        self._guest = guest
 
     def _refuse(self, text: str, column: int, number: int = errno.EINVAL) -> NoReturn:
         raise ProbeError(number, LogEntry(WPROBE, text, self._line, column))

@@ -105,11 +105,15 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What there is in the guest: its structures, and whether it has a symbol; `extended` is more than the series."""
+    """What there is in the guest: its structures, and whether it has a symbol; `extended` is more than the series.
+
+    `per_cpu`: its kernel knows this_cpu_read() and this_cpu_ptr(), which came with 7.3.
+    """
 
     structs: Structs
     has_symbol: Callable[[str], bool]
     extended: bool = False
+    per_cpu: bool = True
 
 
 class Translated(NamedTuple):
@@ -144,6 +148,7 @@ class _Translation:
         self._start = start
         self._structs = guest.structs
         self._has_symbol = guest.has_symbol
+        self._per_cpu = guest.per_cpu
         self._variables = _EXTENDED if guest.extended else _SERIES
         self.unresolved = False
         self.pieces: list[Piece] = []
@@ -168,6 +173,8 @@ class _Translation:
         elif first in ("+", "-"):
             self._dereference(begin, end, depth)
         elif found := _PER_CPU.match(self._body, begin, end):
+            if not self._per_cpu:
+                raise self._refused(errors.NO_PER_CPU, begin)
             self._within(begin, found.end(), end, depth)
         elif first.isascii() and (first.isalpha() or first == "_"):
             raise self._refused(errors.NOSUP_BTFARG, begin)

@@ -202,14 +202,15 @@ class Table:
 
     def _set_alarm(self, wprobe: Wprobe) -> None:
         """See to it that `_on_alarm` comes when the first of its slots has to end."""
-        ends = [slot.until for slot in wprobe.slots if slot.until is not None]
-        if ends and not wprobe.alarm:
-            wprobe.alarm = True
-            self._machine.alarm(min(ends), lambda: self._on_alarm(wprobe))
+        end = min((slot.until for slot in wprobe.slots if slot.until is not None), default=None)
+        if end is not None and (wprobe.alarm is None or end < wprobe.alarm):
+            wprobe.alarm = end
+            self._machine.alarm(end, lambda: self._on_alarm(wprobe))
 
     def _on_alarm(self, wprobe: Wprobe) -> None:
-        wprobe.alarm = False
         now = self._machine.cpu.now
+        if wprobe.alarm is not None and wprobe.alarm <= now:
+            wprobe.alarm = None
         for slot in [slot for slot in wprobe.slots if slot.until is not None and slot.until <= now]:
             self._drop(wprobe, slot)
             wprobe.expired += 1

@@ -31,7 +31,7 @@ class Wprobe:
     expired: int = 0
     triggers: int = 0  # set and clear triggers that refer to it
     setters: int = 0  # set triggers among them
-    alarm: bool = False  # is one set for its next slot to end?
+    alarm: int | None = None  # when the next one comes that was set for the end of a slot, virtual ns
 
     @property
     def in_use(self) -> bool:

@@ -124,6 +124,14 @@ def test_errno(line: str, number: int) -> None:
     assert refusal(line)[0] == number
 
 
+def test_what_a_kernel_lacks_is_said() -> None:
+    line, caret = marked("w w@jiffies a=+0(^this_cpu_read(@jiffies))")
+    with pytest.raises(ProbeError) as caught:
+        parse(line, Kernel(), Kernel(), per_cpu=False)
+    assert caught.value.entry
+    assert (caught.value.entry.text, caught.value.entry.caret) == (errors.NO_PER_CPU, caret)
+
+
 def test_too_many_arguments_points_at_the_first() -> None:
     names = " ".join(f"a{number}=$addr" for number in range(1, 130))
     line, caret = marked(f"w:ev w@jiffies ^{names}")

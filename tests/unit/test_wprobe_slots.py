@@ -132,6 +132,19 @@ def test_a_timeout_is_its_own_objects() -> None:
     assert b.watched == [three]
 
 
+def test_a_shorter_timeout_after_a_longer_one() -> None:
+    b = bench("w2")
+    b.act("set", OBJECTS[0], timeout=30)
+    b.act("set", OBJECTS[0], timeout=10)
+    b.act("set", OBJECTS[1], timeout=5)
+    b.machine.advance(5)
+    assert b.watched == [OBJECTS[0]]
+    b.machine.advance(5)
+    assert b.watched == []
+    b.machine.advance(100)
+    assert b.wprobe.expired == 2
+
+
 def test_disabled_nothing_is_armed() -> None:
     b = bench("w2", users=0)
     b.act("set", OBJECTS[0])
