@@ -312,8 +312,9 @@ class Shadows:
                         await self.descriptor(self.init, handle)
 
     async def close(self, handle: Handle) -> None:
-        """Close a file in all tables that have it."""
-        for shadow in self.holders(handle):
+        """Close a file in all tables that have it; one may get it from another that ends meanwhile."""
+        while holders := self.holders(handle):
+            shadow = holders[0]
             if shadow.lock.locked() and shadow.descriptors is self.init.descriptors:
                 shadow = self.init  # blocked in a call: another one with the same table
             async with shadow.lock:

@@ -1,4 +1,6 @@
-"""The kernel's own ftracetest, unmodified, from Debian's source package, in the view of `fakefs run`.
+"""The kernel's own ftracetest, unmodified, from Debian's source package, in `fakefs run --mirror files`.
+
+Each test has a fresh kernel.
 
 Writes ftracetest.tsv: each test, its result here and on a real kernel (ftracetest-real-kernel.tsv), and the reason for
 a difference (ftracetest-reasons.tsv). Tests that are named, by their paths in test.d, replace their rows alone.
@@ -27,13 +29,24 @@ BUILD = HERE.parents[1] / "build" / "ftracetest"
 SUITE = "sid"
 """The Debian suite of kernel and source: that of the kernel that the real results are of."""
 
-PROGRAMS = {"gawk": "gawk", "ping": "iputils-ping", "lscpu": "util-linux", "gcc": "gcc", "xz": "xz-utils"}
+PROGRAMS = {
+    "gawk": "gawk",
+    "gcc": "gcc",
+    "ip": "iproute2",
+    "lscpu": "util-linux",
+    "ping": "iputils-ping",
+    "readelf": "binutils",
+}
 """What the tests call that a small system may lack, and the package it is in."""
 
 _INSTANCE = " (instance)"
+_LIMIT = 900  # seconds for a test
 _RESULT = re.compile(r"^\[(\d+)\] (.*?)\s*\[(PASS|FAIL|UNRESOLVED|UNTESTED|UNSUPPORTED|XFAIL)\]")
-# Inside, before anything is traced: this is a guest's tracefs.
-_INSIDE = '[ "$(stat -f -c %t /sys/kernel/tracing)" = 65735546 ] && exec ./ftracetest -k -l "$@"'
+# Inside, in a network of its own, where ping(1) may be used; and nothing is traced but a guest.
+_INSIDE = """[ "$(stat -f -c %t /sys/kernel/tracing)" = 65735546 ] || exit 99
+ip link set lo up
+exec ./ftracetest -k -l "$@"
+"""
 
 
 def source(suite: str, version: str, place: Path) -> Path:
@@ -70,20 +83,26 @@ def in_order(directory: Path, tests: list[str]) -> list[str]:
     return [*tests, *(test + _INSTANCE for test in again)]
 
 
-def run(directory: Path, kernel: Path, tests: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Run tests in one view; yield number, description and result of each as it ends."""
-    logs = BUILD / "logs"
-    argv = [sys.executable, "-m", "fakefs.cli", "run", "--kernel", str(kernel), "--"]
-    argv += ["sh", "-c", _INSIDE, "sh", str(logs), *(f"test.d/{test}" for test in tests)]
-    with subprocess.Popen(
-        argv, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if match := _RESULT.match(line):
-                yield int(match[1]), match[2], match[3]
-    if process.returncode not in (0, 1):
-        print(f"fakefs run ended with {process.returncode}", file=sys.stderr)
+def run(directory: Path, kernel: Path, test: str) -> Iterator[tuple[str, str, str]]:
+    """Run a test in a view of its own; yield name, description and result: of the test, and of it in an instance."""
+    names = in_order(directory / "test.d", [test])
+    argv = [sys.executable, "-m", "fakefs.cli", "run", "--mirror", "files", "--kernel", str(kernel), "--"]
+    argv += ["unshare", "-n", "sh", "-c", _INSIDE, "sh", str(BUILD / "logs"), f"test.d/{test}"]
+    done = subprocess.run(
+        ["timeout", "-k", "10", str(_LIMIT), *argv],
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    matches = [match for line in done.stdout.splitlines() if (match := _RESULT.match(line))]
+    for name, match in zip(names, matches, strict=False):
+        yield name, match[2].removeprefix("(instance)").strip(), match[3]
+    for name in names[len(matches) :]:
+        print(f"{name}: no result; fakefs run ended with {done.returncode}: {done.stderr[-500:]}", file=sys.stderr)
+        yield name, "", "FAIL"
 
 
 def table(path: Path) -> dict[str, list[str]]:
@@ -110,12 +129,12 @@ def main() -> int:
         return 1
     known = sorted(str(path.relative_to(directory / "test.d")) for path in (directory / "test.d").rglob("*.tc"))
     chosen = [test for test in known if not arguments.tests or any(test.startswith(name) for name in arguments.tests)]
-    names, begun = in_order(directory / "test.d", chosen), time.monotonic()
+    begun = time.monotonic()
     rows = table(HERE / "ftracetest.tsv") if arguments.tests else {}
-    for number, description, result in run(directory, kernel, chosen):
-        name = names[number - 1]
-        rows[name] = [description.removeprefix("(instance)").strip(), result]
-        print(f"{time.monotonic() - begun:6.0f} s  {result:12} {name}", file=sys.stderr)
+    for test in chosen:
+        for name, description, result in run(directory, kernel, test):
+            rows[name] = [description, result]
+            print(f"{time.monotonic() - begun:6.0f} s  {result:12} {name}", file=sys.stderr)
     _write(rows, [name for name in in_order(directory / "test.d", known) if name in rows])
     return 0
 

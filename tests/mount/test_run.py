@@ -216,6 +216,16 @@ def test_shell_has_the_terminal(environment: dict[str, str]) -> None:
         os.close(fd)
 
 
+def test_files_are_closed_in_the_guest_too(run: Run) -> None:
+    """Also when the program that had one open ends at the same moment."""
+    done = run("""
+        cd /sys/kernel/tracing
+        for i in {1..12}; do cat tracing_on current_tracer; done > /dev/null
+        fakefs exec -- sh -c 'ls -l /proc/1/fd | grep -c tracing/'
+    """)
+    assert (done.stderr, done.stdout) == ("", "0\n")
+
+
 def test_attaching_to_a_mount(new_mount: MakeMount, environment: dict[str, str]) -> None:
     mount = new_mount()
     script = "echo 'p:mine vfs_read' > /sys/kernel/tracing/kprobe_events; stat -f -c %t /sys/kernel/debug/tracing"
