@@ -1,7 +1,7 @@
 """What is measured of fakefs: each function makes one measurement on a mount (or a process) of its own.
 
-Not here: how often, what is printed (`bench.run`), and the same on QEMU (`bench.qemu`). Times are the host's, from
-outside: what a user of the mount waits for.
+Not here: how often, what is printed (`bench.run`), the same on QEMU (`bench.qemu`), wprobes (`bench.wprobes`) and
+`fakefs run` (`bench.views`). Times are what a user of the mount waits for on a machine of his own (`bench.clock`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from bench.clock import NotMeasured, cpu_seconds, run, seconds
 from fakefs.client import ask, find_mount
 
 FAKEFS = (sys.executable, "-m", "fakefs.cli")
@@ -37,10 +38,6 @@ start = time.perf_counter()
 restore(open_snapshot(directory))
 print(time.perf_counter() - start)
 """
-
-
-class NotMeasured(Exception):
-    """A measurement that came to nothing; says why in a few words."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Mount:
 
     def exec(self, *argv: str) -> None:
         """Run a program in the guest."""
-        _run(*FAKEFS, "exec", str(self.directory), "--", *argv)
+        run(*FAKEFS, "exec", str(self.directory), "--", *argv)
 
     def memory(self) -> dict[str, int]:
         """Return the daemon's smaps_rollup (proc(5)), bytes."""
@@ -111,7 +108,7 @@ class Bench:
 
     def start(self, directory: Path) -> None:
         """Run `fakefs mount`."""
-        _run(*FAKEFS, "mount", "--kernel", str(self.kernel), str(directory))
+        run(*FAKEFS, "mount", "--kernel", str(self.kernel), str(directory))
 
     @contextmanager
     def mounted(self) -> Iterator[Mount]:
@@ -119,13 +116,6 @@ class Bench:
         with self.directory() as directory:
             self.start(directory)
             yield Mount(directory)
-
-
-def _run(*argv: str) -> str:
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise NotMeasured((done.stderr.strip().splitlines() or [f"{argv[0]} failed"])[-1])
-    return done.stdout
 
 
 def _status(directory: Path) -> dict[str, str]:
@@ -146,38 +136,28 @@ def private_memory(memory: dict[str, int]) -> int:
     return memory["Private_Clean"] + memory["Private_Dirty"]
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time a process has used, its threads' too."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 # ---- the measurements: each returns one value for every figure it stands for
 
 
 def boot(bench: Bench) -> tuple[float, ...]:
     """CPU seconds of a process that boots the kernel and ends."""
-    return (float(_run(sys.executable, "-c", _BOOT, str(bench.kernel))),)
+    return (float(run(sys.executable, "-c", _BOOT, str(bench.kernel))),)
 
 
 def restore(bench: Bench) -> tuple[float, ...]:
     """Open a snapshot and restore it, in a process that has only just imported the emulator; ms."""
-    return (float(_run(sys.executable, "-c", _RESTORE, str(bench.kernel), str(bench.cache))) * 1000,)
+    return (float(run(sys.executable, "-c", _RESTORE, str(bench.kernel), str(bench.cache))) * 1000,)
 
 
 def mount_to_cat(bench: Bench) -> tuple[float, ...]:
     """From `fakefs mount` to the end of a `cat tracing_on`, s."""
     with bench.directory() as directory:
-        start = time.perf_counter()
-        bench.start(directory)
-        _run("cat", str(directory / "tracing_on"))
-        return (time.perf_counter() - start,)
+
+        def mount_and_read() -> None:
+            bench.start(directory)
+            run("cat", str(directory / "tracing_on"))
+
+        return (seconds(mount_and_read),)
 
 
 def small_read(bench: Bench) -> tuple[float, ...]:
@@ -185,12 +165,14 @@ def small_read(bench: Bench) -> tuple[float, ...]:
     times = []
     with bench.mounted() as mount:
         path = mount.directory / "tracing_on"
-        for _ in range(200 if bench.quick else 2000):
-            start = time.perf_counter()
+
+        def read_once() -> None:
             fd = os.open(path, os.O_RDONLY)
             os.read(fd, 64)
             os.close(fd)
-            times.append(time.perf_counter() - start)
+
+        for _ in range(200 if bench.quick else 2000):
+            times.append(seconds(read_once, mount.pid))
     return (median(times) * 1000,)
 
 
@@ -204,19 +186,19 @@ def kprobe_cycle(bench: Bench) -> tuple[float, ...]:
         mount.write("kprobe_events", "-:bench/probe")
 
     with bench.mounted() as mount:
-        return (median(_seconds(cycle) for _ in range(20)) * 1000,)
+        return (median(seconds(cycle, mount.pid) for _ in range(20)) * 1000,)
 
 
 def walk(bench: Bench) -> tuple[float, ...]:
     """The first `ls -lR` of a mount; s."""
     with bench.mounted() as mount:
-        return (_seconds(lambda: _run("ls", "-lR", str(mount.directory))),)
+        return (seconds(lambda: run("ls", "-lR", str(mount.directory)), mount.pid),)
 
 
 def functions(bench: Bench) -> tuple[float, ...]:
     """The first `cat available_filter_functions` of a mount; s."""
     with bench.mounted() as mount:
-        return (_seconds(lambda: _run("cat", str(mount.directory / "available_filter_functions"))),)
+        return (seconds(lambda: run("cat", str(mount.directory / "available_filter_functions")), mount.pid),)
 
 
 def _probe_reads_and_writes(mount: Mount) -> None:
@@ -226,23 +208,26 @@ def _probe_reads_and_writes(mount: Mount) -> None:
     mount.write("events/bench/enable", "1")
 
 
-def _copy_bytes(mount: Mount, count: int) -> None:
-    mount.exec("dd", "if=/dev/zero", "of=/dev/null", "bs=1", f"count={count}")
+def copy_bytes(mount: Mount, count: int, source: str = "/dev/zero") -> float:
+    """Copy bytes one at a time in the guest; return the daemon's CPU time, s."""
+    before = cpu_seconds(mount.pid)
+    mount.exec("dd", f"if={source}", "of=/dev/null", "bs=1", f"count={count}")
+    return cpu_seconds(mount.pid) - before
 
 
 def kprobe_hits(bench: Bench) -> tuple[float, ...]:
-    """Hits of kprobes on vfs_read and vfs_write while dd copies bytes; a second, without dd's start and end."""
+    """Hits of kprobes on vfs_read and vfs_write while dd copies bytes; a second of CPU time, less its start and end."""
     count = 50_000 if bench.quick else 300_000
     with bench.mounted() as mount:
         _probe_reads_and_writes(mount)
-        around = median(_seconds(lambda: _copy_bytes(mount, 1)) for _ in range(3))
+        around = median(copy_bytes(mount, 1) for _ in range(3))
         before, _ = _profile(mount)
-        seconds = _seconds(lambda: _copy_bytes(mount, count)) - around
+        taken = copy_bytes(mount, count) - around
         hits, missed = _profile(mount)
         stats = dict(line.split(": ") for line in mount.read("per_cpu/cpu0/stats").splitlines())
     if missed or int(stats["overrun"]) or hits - before < 2 * count:
         raise NotMeasured(f"{missed} hits missed, {stats['overrun']} events overwritten")
-    return ((hits - before) / seconds,)
+    return ((hits - before) / taken,)
 
 
 def _profile(mount: Mount) -> tuple[int, int]:
@@ -255,15 +240,20 @@ def drain(bench: Bench) -> tuple[float, ...]:
     """Lines a second out of trace_pipe when the buffer is full of them."""
     with bench.mounted() as mount:
         _probe_reads_and_writes(mount)
-        _copy_bytes(mount, 10_000 if bench.quick else 100_000)
+        copy_bytes(mount, 10_000 if bench.quick else 100_000)
         mount.write("tracing_on", "0")
-        lines, fd = 0, os.open(mount.directory / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
-        start = time.perf_counter()
-        try:
+        fd = os.open(mount.directory / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+        lines = 0
+
+        def read_all() -> None:
+            nonlocal lines
             with suppress(BlockingIOError):
                 while data := os.read(fd, 128 << 10):
                     lines += data.count(b"\n")
-            return (lines / (time.perf_counter() - start),)
+
+        try:
+            taken = seconds(read_all, mount.pid)
+            return (lines / taken,)
         finally:
             os.close(fd)
 
@@ -272,19 +262,19 @@ def tracers(bench: Bench) -> tuple[float, ...]:
     """From nop to function, to function_graph, and back to nop; s each."""
     with bench.mounted() as mount:
         return tuple(
-            _seconds(lambda name=name: mount.write("current_tracer", name))  # type: ignore[misc]
+            seconds(lambda name=name: mount.write("current_tracer", name), mount.pid)  # type: ignore[misc]
             for name in ("function", "function_graph", "nop")
         )
 
 
 def idle(bench: Bench) -> tuple[float, ...]:
     """CPU time of a mount nobody uses, per cent of one CPU."""
-    seconds = 5 if bench.quick else 30
+    span = 5 if bench.quick else 30
     with bench.mounted() as mount:
         mount.read("tracing_on")
         time.sleep(1)
         before, start = cpu_seconds(mount.pid), time.perf_counter()
-        time.sleep(seconds)
+        time.sleep(span)
         return ((cpu_seconds(mount.pid) - before) / (time.perf_counter() - start) * 100,)
 
 

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.figures import NotMeasured, cpu_seconds, private_memory, smaps_rollup
+from bench.clock import NotMeasured, cpu_seconds
+from bench.figures import private_memory, smaps_rollup
 from emulator.initramfs import Initramfs
 
 BINARY = "qemu-system-x86_64"

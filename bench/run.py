@@ -22,12 +22,14 @@ from pathlib import Path
 from statistics import median
 from types import FrameType
 
-from bench import qemu
-from bench.figures import MEASUREMENTS, Bench, Figure, Measurement, NotMeasured
+from bench import figures, qemu, views, wprobes
+from bench.clock import NotMeasured
+from bench.figures import Bench, Figure, Measurement
 from emulator.errors import EmulatorError
 from fakefs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+MEASUREMENTS = (*figures.MEASUREMENTS, *wprobes.MEASUREMENTS, *views.MEASUREMENTS)
 OUTPUT = ROOT / "build" / "bench.json"
 
 
@@ -110,15 +112,15 @@ class Progress:
 
 def run(measurement: Measurement, bench: Bench, runs: int, progress: Progress) -> list[Result]:
     """Return the median of each figure over `runs` runs; a run that fails ends it."""
-    figures = measurement.figures
+    wanted = measurement.figures
     taken = []
     try:
         for index in range(runs):
-            progress.show(f"{figures[0].name} ({index + 1}/{runs})")
+            progress.show(f"{wanted[0].name} ({index + 1}/{runs})")
             taken.append(measurement.measure(bench))
     except (NotMeasured, UserError, EmulatorError, OSError) as error:
-        return [Result(figure, None, str(error)) for figure in figures]
-    return [Result(figure, median(column)) for figure, column in zip(figures, zip(*taken, strict=True), strict=True)]
+        return [Result(figure, None, str(error)) for figure in wanted]
+    return [Result(figure, median(column)) for figure, column in zip(wanted, zip(*taken, strict=True), strict=True)]
 
 
 def selected(pattern: str) -> list[Measurement]:

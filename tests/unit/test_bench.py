@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.figures import MEASUREMENTS, Figure
+from bench.figures import Figure
 from bench.qemu import Span, Stamp, parse_markers, script, values
-from bench.run import Result, number, selected, table, to_json
+from bench.run import MEASUREMENTS, Result, number, selected, table, to_json
 
 LOW = Figure("low", "a time", "ms", 0.5)
 HIGH = Figure("high", "a rate", "/s", 200_000, more_is_better=True)
