@@ -276,7 +276,7 @@ def test_splicing_raw_pages_loses_nothing(m: Mounted, size: int) -> None:
 
 def test_a_splice_that_waits_can_be_interrupted(m: Mounted) -> None:
     splice = "import os; os.splice(os.open('per_cpu/cpu0/trace_pipe_raw', os.O_RDONLY), os.pipe()[1], 4096)"
-    with m.popen([sys.executable, "-c", splice], stderr=subprocess.PIPE) as process:
+    with m.popen([sys.executable, "-I", "-c", splice], stderr=subprocess.PIPE) as process:
         wait_for_reader(process.pid)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
