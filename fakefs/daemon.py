@@ -91,6 +91,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
             root=service.root,
             options=service.options,
             auto_unmount=not service.private,
+            turn=pump.turn,
             ready=mounted,
         )
         nursery.cancel_scope.cancel()

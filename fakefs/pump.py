@@ -5,7 +5,9 @@ One thread does everything. A call first runs the guest at once, in place, until
 as soon as a FUSE request waits. An idle guest costs nothing: the pump sleeps until the guest's next timer.
 
 Virtual time: in real-time mode it follows the host's monotonic clock whenever the guest is idle; in deterministic
-mode it stands still between requests and jumps to the next timer while one that `holds_clock` is under way.
+mode it stands still between requests and jumps to the next timer while one that `holds_clock` is under way. There the
+guest must not notice when the host does something: requests are made one after the other (`turn`), and once the guest
+runs it runs until it is idle, whoever waits.
 """
 
 from __future__ import annotations
@@ -25,8 +27,34 @@ from emulator.guest import Guest
 _IN_PLACE = 1_000_000
 # Virtual ns of a slice; it ends earlier when a watched descriptor is readable.
 _SLICE = 10_000_000
+# Deterministic: virtual ns a guest may go on by itself after a request, before the next one finds it busy.
+_SETTLE = 100_000_000
 # Host seconds a task stays at its hypercall after a call: cat's next request comes within this, and needs no wake-up.
 _GRACE = 0.0005
+
+
+class Turn:
+    """One request at a time, in the order of their arrival. One that waits for another gives up its turn for good."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    def take_at_once(self) -> bool:
+        """Take the turn if nobody has it or waits for it."""
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        return True
+
+    async def take(self) -> None:
+        """Wait for the turn."""
+        await self._lock.acquire()
+
+    def give_up(self) -> None:
+        """End the turn of this task, if it has it."""
+        if self._lock.statistics().owner is trio.lowlevel.current_task():
+            self._lock.release()
 
 
 class Pump:
@@ -38,11 +66,12 @@ class Pump:
         self.machine = guest.machine
         self.deterministic = deterministic
         self.dead: GuestDied | None = None
+        self.turn = Turn() if deterministic else None
         self._idle = True
         self._busy_by_itself = False
         self._kick = trio.Event()
         self._waiters: dict[Request, trio.Event] = {}
-        self._clock_holders = 0
+        self._clock_holders: set[Request] = set()
         self._watched: tuple[int, ...] = ()
         self._epoch = time.monotonic_ns() - self.machine.cpu.now
 
@@ -74,13 +103,16 @@ class Pump:
         self._check_alive()
         event = self._waiters[request] = trio.Event()
         request.on_done = event.set
-        self._clock_holders += holds_clock
+        if holds_clock:
+            self._clock_holders.add(request)
         self._wake()
+        if self.turn is not None and not holds_clock:
+            self.turn.give_up()
         try:
             await event.wait()
         finally:
             del self._waiters[request]
-            self._clock_holders -= holds_clock
+            self._clock_holders.discard(request)
         if not request.done:
             self._check_alive()
 
@@ -125,7 +157,8 @@ class Pump:
             return 0
         held = self.agent.held is not None
         if self.deterministic:
-            return 0 if self._clock_holders else None
+            # Those that are done may not know yet: which task of ours comes first is left to chance.
+            return None if all(request.done for request in self._clock_holders) else 0
         if held:
             return 0 if self._busy_by_itself else _GRACE
         event = self.machine.next_event()
@@ -146,9 +179,12 @@ class Pump:
                 self.machine.cpu.now = max(self.machine.cpu.now, event)
         else:
             self._follow_host()
-        self._watch(tuple(watch))
+        self._watch(() if self.deterministic else tuple(watch))
         try:
             stop = self.agent.step(self.machine.cpu.now + _SLICE)
+            limit = self.machine.cpu.now + _SETTLE
+            while self.deterministic and stop is not Stop.HALTED and self.machine.cpu.now < limit:
+                stop = self.agent.step(limit)
         except GuestDied as death:
             self._die(death)
             return

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
-import fakefs.fuse.request  # noqa: F401 # loads the shim, which must come before pyfuse3
+from fakefs.fuse import request  # loads the shim, which must come before pyfuse3
 
 # isort: split
 from pyfuse3 import FUSEError
@@ -37,17 +37,28 @@ def answer_errno(exc: OSError) -> int:
 def answering(
     handler: Callable[P, Awaitable[T]],
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Turn what `handler` raises into the FUSEError that pyfuse3 answers with."""
+    """Turn what `handler` raises into the FUSEError that pyfuse3 answers with.
+
+    If the operations have a `turn` it is taken for the time of the handler.
+    """
 
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        turn = getattr(args[0], "turn", None)
         try:
+            if turn is not None and not turn.take_at_once():
+                note = request.note()
+                await turn.take()
+                request.restore(note)
             return await handler(*args, **kwargs)
         except OSError as exc:
             raise FUSEError(answer_errno(exc)) from None
         except Exception as exc:
             complain(handler.__name__, exc)
             raise FUSEError(errno.EIO) from None
+        finally:
+            if turn is not None:
+                turn.give_up()
 
     return answer
 

@@ -20,6 +20,7 @@ from fakefs.files import Files, OpenFile, Stat
 from fakefs.fuse.answers import answer_errno, answering, complain
 from fakefs.fuse.inodes import NAME_MAX, PATH_MAX, Inodes, error
 from fakefs.fuse.request import caller, current
+from fakefs.pump import Turn
 
 # isort: split
 # After fakefs.fuse.request, which must load the shim first.
@@ -61,6 +62,7 @@ class _Directory:
 class GuestOperations(pyfuse3.Operations):
     """Serves `files` from guest path `root` on; what is the guest's root's is shown as `owner`'s, a uid and a gid.
 
+    With `turn` requests are made one after the other, and time on the host plays no part in which there are.
     When `max_blocked_reads` reads wait, further ones are made non-blocking: EAGAIN instead of data that is not there.
     """
 
@@ -72,6 +74,7 @@ class GuestOperations(pyfuse3.Operations):
         root: bytes,
         owner: tuple[int, int] = (0, 0),
         *,
+        turn: Turn | None = None,
         max_blocked_reads: int = MAX_BLOCKED_READS,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
@@ -79,6 +82,9 @@ class GuestOperations(pyfuse3.Operations):
         self._files = files
         self._inodes = Inodes(root)
         self._owner = owner
+        self.turn = turn
+        # How long the host's kernel keeps attributes decides which requests come, and so must not depend on its clock.
+        self._attr_timeout = ATTR_TIMEOUT if turn is None else 0
         self._ready = ready
         self._max_blocked_reads = max_blocked_reads
         self._reads = 0
@@ -105,7 +111,7 @@ class GuestOperations(pyfuse3.Operations):
         entry = EntryAttributes()
         entry.st_ino = number
         entry.entry_timeout = LASTING_TIMEOUT if stat.lasting else ENTRY_TIMEOUT
-        entry.attr_timeout = LASTING_TIMEOUT if stat.lasting else ATTR_TIMEOUT
+        entry.attr_timeout = LASTING_TIMEOUT if stat.lasting else self._attr_timeout
         entry.st_mode = stat.mode
         entry.st_nlink = stat.nlink
         entry.st_uid = stat.uid or self._owner[0]

@@ -112,6 +112,16 @@ class Request:
             _callbacks.pop(self._token, None)
 
 
+def note() -> bytes:
+    """What is known of the request whose handler is about to run, to be given to `restore()`."""
+    return bytes(_note)
+
+
+def restore(kept: bytes) -> None:
+    """Let `current()` be the request of `note()` again, until the next `await`."""
+    _note[:] = kept
+
+
 def current() -> Request:
     """The request whose handler is running. Only before the handler's first `await`."""
     req, tid, uid, gid, flags, poll_events = _NOTE.unpack_from(_note)

@@ -16,6 +16,7 @@ from fakefs.fuse import request
 from fakefs.fuse.operations import MAX_BLOCKED_READS, GuestOperations
 from fakefs.fuse.options import MountOptions
 from fakefs.mountpoint import SUBTYPE, discard_stale, fusermount
+from fakefs.pump import Turn
 
 # isort: split
 import pyfuse3
@@ -33,6 +34,7 @@ async def serve(
     root: bytes = ROOT,
     options: MountOptions | None = None,
     auto_unmount: bool = True,
+    turn: Turn | None = None,
     max_blocked_reads: int = MAX_BLOCKED_READS,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
@@ -40,12 +42,13 @@ async def serve(
 
     Of `options` it is `ro` that matters here; the others are the guest's.
     `auto_unmount`: fusermount3 unmounts when this process is killed.
+    `turn`: requests are made one after the other.
     `ready` is called when the mount answers. A cancelled session is unmounted; readers that wait get ECONNABORTED.
     Files that are still open then are not closed in the guest. Raises UserError.
     """
     options = options or MountOptions()
     owner = (os.geteuid(), os.getegid()) if os.geteuid() else (0, 0)  # who mounts is the guest's root
-    operations = GuestOperations(files, root, owner, max_blocked_reads=max_blocked_reads, ready=ready)
+    operations = GuestOperations(files, root, owner, turn=turn, max_blocked_reads=max_blocked_reads, ready=ready)
     discard_stale(mountpoint)
     _mount(operations, mountpoint, libfuse_options(options, auto_unmount=auto_unmount))
     try:
