@@ -293,14 +293,18 @@ class Shadows:
         if fd is not None:
             return fd
         for holder in self.holders(handle):
+            if handle not in holder.descriptors:
+                continue
+            theirs = holder.descriptors[handle]
             [pidfd] = await self.pump.call(shadow.task, [(Sys.PIDFD_OPEN, holder.task.pid, 0)])
             if pidfd < 0:
                 continue
-            theirs = holder.descriptors[handle]
             [fd, _] = await self.pump.call(shadow.task, [(Sys.PIDFD_GETFD, pidfd, theirs, 0), (Sys.CLOSE, pidfd)])
-            if fd >= 0:
+            if fd >= 0 and handle in holder.descriptors:
                 shadow.descriptors[handle] = fd
                 return fd
+            if fd >= 0:  # the file was closed meanwhile
+                await self.pump.call(shadow.task, [(Sys.CLOSE, fd)])
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     async def inherit(self, shadow: Shadow) -> None:

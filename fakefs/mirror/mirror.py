@@ -8,6 +8,7 @@ fails in the guest is nobody's business on the host.
 from __future__ import annotations
 
 import socket
+import sys
 from collections import deque
 from typing import NamedTuple
 
@@ -92,6 +93,8 @@ class Mirror:
                     await self._give_up(record)
             except (OSError, ValueError):  # the guest is dead, or the call's strings too long
                 pass
+            except Exception as error:  # a fault of ours must not take the mount away
+                sys.stderr.write(f"fakefs: a call was not mirrored: {error!r}; please report this\n")
             self._done += 1
             finished, self._finished = self._finished, trio.Event()
             finished.set()
