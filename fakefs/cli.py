@@ -110,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--mount", metavar="DIR", type=Path, help="the kernel of a running mount, not a fresh one")
         command.add_argument(
             "--mirror",
-            choices=("off", "process", "files"),
-            help="what programs do that the guest does too: processes and files (default; off if --deterministic)",
+            choices=("off", "process", "files", "all"),
+            help="what programs do that the guest does too; default: files, off if --deterministic",
         )
         command.set_defaults(run=_run)
 

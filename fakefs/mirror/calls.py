@@ -19,15 +19,18 @@ class Level(IntEnum):
     OFF = 0
     PROCESS = 1
     FILES = 2
+    ALL = 3
 
 
 class Call(NamedTuple):
     """A mirrored call. `arguments` says what each of its arguments is, by a letter:
 
     P path, followed if it is a symbolic link; L path, not followed; D descriptor of the directory that the path
-    behind it is relative to; F descriptor of an open file; T text; H address of a struct open_how; i number.
+    behind it is relative to; F descriptor of an open file; T text; H address of a struct open_how; i number;
+    O descriptor that the guest has a file of its own for; B address of data to write; b of room for an answer.
 
-    A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified.
+    A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified; all of
+    them are from the level `whole` on.
     """
 
     number: int
@@ -35,13 +38,14 @@ class Call(NamedTuple):
     level: Level
     arguments: str = ""
     only: tuple[Rule, ...] = ()
+    whole: Level | None = None
 
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _ARCH_SET_FS = 0x1002
 _PR_SET_NAME = 15
 
-_P, _F = Level.PROCESS, Level.FILES
+_P, _F, _A = Level.PROCESS, Level.FILES, Level.ALL
 
 TABLE = (
     # what a process is
@@ -61,8 +65,8 @@ TABLE = (
     Call(200, "tkill", _P),
     Call(234, "tgkill", _P),
     # files by their names
-    Call(2, "open", _F, "Pii", (Rule(2, 1, mask=_WRITING),)),
-    Call(257, "openat", _F, "DPii", (Rule(257, 2, mask=_WRITING),)),
+    Call(2, "open", _F, "Pii", (Rule(2, 1, mask=_WRITING),), _A),
+    Call(257, "openat", _F, "DPii", (Rule(257, 2, mask=_WRITING),), _A),
     Call(437, "openat2", _F, "DPH"),
     Call(85, "creat", _F, "Pi"),
     Call(87, "unlink", _F, "L"),
@@ -90,6 +94,25 @@ TABLE = (
     Call(260, "fchownat", _F, "DPiii"),
     Call(80, "chdir", _F, "P"),
     Call(81, "fchdir", _F, "F"),
+    # what is looked at
+    Call(4, "stat", _A, "Pb"),
+    Call(6, "lstat", _A, "Lb"),
+    Call(262, "newfstatat", _A, "DPbi"),
+    Call(332, "statx", _A, "DPiib"),
+    Call(21, "access", _A, "Pi"),
+    Call(269, "faccessat", _A, "DPi"),
+    Call(439, "faccessat2", _A, "DPii"),
+    Call(89, "readlink", _A, "Lbi"),
+    Call(267, "readlinkat", _A, "DLbi"),
+    # open files
+    Call(0, "read", _A, "Obi"),
+    Call(1, "write", _A, "OBi"),
+    Call(17, "pread64", _A, "Obii"),
+    Call(18, "pwrite64", _A, "OBii"),
+    Call(8, "lseek", _A, "Oii"),
+    Call(5, "fstat", _A, "Ob"),
+    Call(217, "getdents64", _A, "Obi"),
+    Call(3, "close", _A, "O"),
 )
 
 BY_NUMBER = {call.number: call for call in TABLE}
@@ -100,4 +123,5 @@ def rules(level: Level) -> Iterable[Rule]:
     """Yield what the filter has to notify at a level."""
     for call in TABLE:
         if call.level <= level:
-            yield from call.only or (Rule(call.number),)
+            every = not call.only or (call.whole is not None and level >= call.whole)
+            yield from (Rule(call.number),) if every else call.only

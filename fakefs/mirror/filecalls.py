@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from itertools import count
 
-from emulator.agent import FIRST_FD
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, place
 from fakefs.mirror.processes import Mirrored, Processes
@@ -20,10 +18,15 @@ from fakefs.syscalls import Sys
 _AT_FDCWD = -100
 _AT_REMOVEDIR = 0x200
 _RENAME_EXCHANGE = 2
+ANSWER, ANSWER_SIZE = 0x4000, 0x4000
+"""Room in a data area for what a call answers, offset and size in bytes."""
 _OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "creat"))
 _LEAVES_CONTENT = frozenset(
     NUMBER[name]
-    for name in ("unlink", "unlinkat", "rename", "renameat", "renameat2", "rmdir", "chdir", "fchdir", "link", "linkat")
+    for name in (
+        *("unlink", "unlinkat", "rename", "renameat", "renameat2", "rmdir", "chdir", "fchdir", "link", "linkat"),
+        *("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
+    )
 )
 
 
@@ -57,10 +60,16 @@ class FileCalls:
         """Return the calls, and which of them is the one."""
         texts = iter(os.fsencode(path.text) for path in record.paths)
         words: list[int | bytes] = [next(texts) if word is None else word for word in record.arguments]
+        call = BY_NUMBER[record.number]
+        for at, letter in enumerate(call.arguments):
+            if letter == "b":
+                words[at] = shadow.task.virtual(ANSWER)
+            elif letter == "i" and call.name.startswith("readlink"):
+                words[at] = min(record.arguments[at] or 0, ANSWER_SIZE)
         before: list[Wish] = []
         if record.cwd and record.cwd != shadow.cwd:
             before.append((Sys.CHDIR, os.fsencode(record.cwd)))
-        fd = self._next_descriptor(shadow)
+        fd = shadow.next_descriptor
         if record.number in _OPENS:
             if record.number != NUMBER["creat"]:
                 at = 2 if record.number == NUMBER["openat"] else 1
@@ -73,12 +82,6 @@ class FileCalls:
             opening = (Sys.OPENAT, _AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)
             return [*before, opening, (record.number, fd, *words[1:]), (Sys.CLOSE, fd)], len(before) + 1
         return [*before, (record.number, *words)], len(before)
-
-    @staticmethod
-    def _next_descriptor(shadow: Mirrored) -> int:
-        """Return the number that the next file a shadow opens will have: the lowest that is free."""
-        taken = set(shadow.descriptors.values())
-        return next(fd for fd in count(FIRST_FD) if fd not in taken)
 
     @staticmethod
     def _flags(record: Files) -> int:

@@ -18,7 +18,8 @@ from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.processes import Mirrored, Processes
-from fakefs.mirror.records import PACKET_MAX, Birth, Exit, Files, Name, Plain, Program, Record, Sleep, decode
+from fakefs.mirror.records import PACKET_MAX, Birth, Exit, Files, Name, Plain, Program, Record, Sleep, Transfer, decode
+from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -43,6 +44,7 @@ class Mirror:
         self._shadows = shadows
         self._processes = Processes(shadows, paths, nursery, self._note_death)
         self._files = FileCalls(shadows, self._processes, paths)
+        self._transfers = Transfers(shadows, self._processes, paths)
         self._queue: deque[Record | _Died] = deque()
         self._taken = self._done = 0  # records, since the beginning
         self._arrived = trio.Event()
@@ -105,6 +107,8 @@ class Mirror:
         match record:
             case Files():
                 await self._files.make(record)
+            case Transfer():
+                await self._transfers.make(record)
             case Birth():
                 await processes.bear(record)
             case Program():

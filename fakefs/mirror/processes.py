@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
+from typing import NamedTuple
 
 import trio
 
-from emulator.agent import OTHER_ROOT, Call, Request, Task, strings
+from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Request, Task, strings
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.records import Birth, Exit, Program, Sleep
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
@@ -34,10 +36,21 @@ _COMM_MAX = 15
 _CORE_DUMPED = 0x80
 
 
-class Mirrored(Shadow):
-    """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest."""
+class OpenFile(NamedTuple):
+    """A file of the guest for one that the host has open at a descriptor: of the same path, or /dev/null for none."""
 
-    __slots__ = ("cwd", "ended", "sleep", "tgid", "umask", "until")
+    path: str
+    fd: int
+    position: int
+
+
+class Mirrored(Shadow):
+    """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest.
+
+    `files` are the open files that it was seen to use, by their descriptors on the host.
+    """
+
+    __slots__ = ("cwd", "ended", "files", "sleep", "tgid", "umask", "until")
     apart = True
     root = OTHER_ROOT
 
@@ -45,10 +58,17 @@ class Mirrored(Shadow):
         super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)
         self.tgid = birth.tgid
         self.umask = birth.umask
+        self.files: dict[int, OpenFile] = {}
         self.cwd = "/"
         self.ended = False  # its process has, on the host
         self.sleep: Request | None = None
         self.until = 0.0  # host's monotonic time at which the sleep should be over
+
+    @property
+    def next_descriptor(self) -> int:
+        """The number that the next file it opens will have: the lowest that is free."""
+        taken = {WINDOW_FD, *self.descriptors.values(), *(file.fd for file in self.files.values())}
+        return next(fd for fd in count() if fd not in taken)
 
 
 class Processes:
@@ -117,6 +137,7 @@ class Processes:
         shadow = Mirrored(task, birth, descriptors if kind is Kind.THREAD else dict(descriptors))
         if parent is not None:
             shadow.cwd = parent.cwd
+            shadow.files = parent.files if kind is Kind.THREAD else dict(parent.files)
         return shadow
 
     async def _leave_init(self, shadow: Mirrored) -> None:
@@ -156,6 +177,7 @@ class Processes:
             if thread is not shadow:
                 self._shadows.remove(thread)
         shadow.descriptors = dict(shadow.descriptors)  # the kernel makes a shared table its own
+        shadow.files = dict(shadow.files)
         name = os.fsencode(program.file.text)
         where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
         async with shadow.lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from fakefs.mirror.records import (
     Program,
     Record,
     Sleep,
+    Transfer,
     encode,
 )
 from fakefs.mirror.seccomp import Listener, Notification, read_memory, read_string
@@ -40,6 +42,8 @@ _TIMER_ABSTIME = 1
 _OPEN_HOW = struct.Struct("<QQQ")
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
+DATA_MAX = 4096
+"""Bytes of what one call writes that are written in the guest too; the rest is zeros there."""
 _ARGV_MAX, _ARGUMENT_MAX = 16, 256
 _GENERATIONS = 64
 
@@ -131,7 +135,7 @@ class Recorder:
             case Files(paths=paths):
                 for path in paths:
                     self._paths.tell(path.entries)
-            case Program(file=file):
+            case Program(file=file) | Transfer(file=file):
                 self._paths.tell(file.entries)
 
     # ---- threads
@@ -141,7 +145,9 @@ class Recorder:
         if notification.tid not in self._threads:
             yield from self._births(notification.tid)
         special = self._special.get(call.name)
-        if special is not None:
+        if call.arguments.startswith("O"):
+            yield self._transfer(notification, call)
+        elif special is not None:
             yield from special(notification, call)
         else:
             yield from self._files(notification, call)
@@ -250,6 +256,8 @@ class Recorder:
                 cwd, directory = relative_to or cwd, _AT_FDCWD
                 paths.append(path)
                 arguments.append(None)
+            elif letter == "b":
+                arguments.append(-1)
             elif letter == "T":
                 paths.append(PathArgument(_text(tid, value), []))
                 arguments.append(None)
@@ -266,13 +274,32 @@ class Recorder:
                 self._paths.forget(entry.path)
         yield Files(tid, number, arguments, paths, cwd)
 
+    def _transfer(self, notification: Notification, call: Call) -> Transfer:
+        tid, fd = notification.tid, _signed(notification.arguments[0])
+        file, position = PathArgument("", []), 0
+        path = os.readlink(f"/proc/{tid}/fd/{fd}")
+        if path.startswith("/") and not path.startswith("/dev/") and not path.endswith(" (deleted)"):
+            file = PathArgument(path, self._paths.look(path, follow=False))
+            with open(f"/proc/{tid}/fdinfo/{fd}") as info:
+                position = int(info.readline().split()[1])
+            if stat.S_IFMT(file.entry.mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                file = PathArgument("", [])
+        arguments: list[int | None] = []
+        data = b""
+        for letter, value in zip(call.arguments[1:], notification.arguments[1:], strict=False):
+            arguments.append(None if letter in "Bb" else value & (1 << 63) - 1)
+            if letter == "B":
+                data = read_memory(tid, value, min(notification.arguments[2], DATA_MAX))
+        return Transfer(tid, call.number, fd, file, position, arguments, data.decode("latin-1"))
+
     @staticmethod
     def _refuses_links(notification: Notification, call: Call) -> bool:
         arguments = notification.arguments
         if call.name in ("open", "openat"):
             flags = arguments[call.arguments.index("i")]
             return bool(flags & os.O_NOFOLLOW) or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL
-        return call.name == "fchownat" and bool(arguments[4] & _AT_SYMLINK_NOFOLLOW)
+        at = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3}.get(call.name)
+        return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
 
     def _path(self, tid: int, directory: int, text: str, *, follow: bool) -> tuple[PathArgument, str]:
         """Return a path argument, and the working directory if it is relative to that.

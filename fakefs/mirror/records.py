@@ -7,7 +7,7 @@ namespace in which both live.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 PACKET_MAX = 1 << 16
 
@@ -87,7 +87,8 @@ class Plain(NamedTuple):
 class Files(NamedTuple):
     """A call with paths in it. `arguments` has None where the next of `paths` belongs.
 
-    `cwd` is the thread's working directory, if a path is relative to it; `writes` tells that it may change a file.
+    For the address of room for an answer it has -1. `cwd` is the thread's working directory, if a path is relative to
+    it.
     """
 
     tid: int
@@ -97,8 +98,24 @@ class Files(NamedTuple):
     cwd: str
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Files
-_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Birth, Program, Exit, Name, Sleep, Plain, Files)}
+class Transfer(NamedTuple):
+    """A call on an open file, `fd` on the host. `file` has no text if that is no regular file or directory.
+
+    `arguments` are those behind the descriptor, None for a buffer; `data` is what is written, as far as it was read, in
+    latin-1; `position` is the file's before the call.
+    """
+
+    tid: int
+    number: int
+    fd: int
+    file: PathArgument
+    position: int
+    arguments: list[int | None]
+    data: str
+
+
+Record = Birth | Program | Exit | Name | Sleep | Plain | Files | Transfer
+_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in get_args(Record)}
 
 
 def encode(record: Record) -> bytes:
@@ -111,6 +128,8 @@ def decode(packet: bytes) -> Record:
     kind, *values = json.loads(packet)
     if kind == "Program":
         values[1] = _path(values[1])
+    elif kind == "Transfer":
+        values[3] = _path(values[3])
     elif kind == "Files":
         values[3] = [_path(path) for path in values[3]]
     return _KINDS[kind](*values)

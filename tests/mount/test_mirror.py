@@ -132,7 +132,7 @@ END
         exit 5
     """
     results = []
-    for mirror in ("off", "process", "files"):
+    for mirror in ("off", "process", "files", "all"):
         done = run(script, mirror)
         assert done.returncode == 5
         results.append(re.sub(r" \d+ (Killed|Terminated|Segmentation)", r" PID \1", done.stdout))
@@ -140,6 +140,7 @@ END
     assert results[0].count("status") == 5
     assert results[1] == results[0]
     assert results[2] == results[0]
+    assert results[3] == results[0]
 
 
 def test_pid_filters_follow_children(run: Run) -> None:
@@ -239,6 +240,31 @@ def test_more_processes_than_the_guest_has_room_for(run: Run) -> None:
     assert done.stderr == ("fakefs: the guest has no room for more processes (at most 1023): not all are traced\n")
     assert done.stdout.startswith("1\n")
     assert int(done.stdout.split()[2]) < 12
+
+
+def test_open_files(run: Run) -> None:
+    """With `all`, what is read and written has the host's sizes and, as far as it goes, the host's data."""
+    done = run(
+        _SETUP
+        + """
+        echo 'p:reads vfs_read count=$arg3' > kprobe_events
+        echo 'p:writes vfs_write count=$arg3 text=+0($arg2):ustring' >> kprobe_events
+        echo 'p:looks vfs_statx' >> kprobe_events
+        on kprobes
+        cd "$OLDPWD"
+        /bin/echo hello > file; dd if=file bs=3 status=none | cat; stat -c %s file
+        """
+        + _SHOW,
+        "all",
+    )
+    seen = hits(done)
+    assert done.stdout.startswith("hello\n6\n")
+    told = {(hit.task, hit.event, hit.fields.get("count")) for hit in seen}
+    assert ("echo", "writes", 6) in told
+    assert [hit.fields["count"] for hit in seen if (hit.task, hit.event) == ("dd", "writes")] == [3, 3]
+    assert ("dd", "reads", 3) in told
+    assert ("stat", "looks", None) in told
+    assert 'text="hello' in done.stdout
 
 
 def test_a_wprobe_follows_the_dentry_of_a_hosts_file(run: Run) -> None:

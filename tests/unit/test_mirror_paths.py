@@ -23,6 +23,7 @@ from fakefs.mirror.records import (
     Program,
     Record,
     Sleep,
+    Transfer,
     decode,
     encode,
 )
@@ -112,6 +113,7 @@ _RECORD = st.one_of(
     st.builds(Sleep, _INT, st.none() | _INT, _INT),
     st.builds(Plain, _INT, _INT, st.lists(_INT, max_size=3)),
     st.builds(Files, _INT, _INT, st.lists(st.none() | _INT, max_size=6), st.lists(_PATH, max_size=2), _TEXT),
+    st.builds(Transfer, _INT, _INT, _INT, _PATH, _INT, st.lists(st.none() | _INT, max_size=3), _TEXT),
 )
 
 
