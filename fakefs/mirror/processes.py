@@ -133,15 +133,16 @@ class Processes:
             return shadow
 
     def _of(self, task: Task, birth: Birth, parent: Mirrored | None, kind: Kind) -> Mirrored:
-        descriptors = (parent or self._shadows.init).descriptors
-        shadow = Mirrored(task, birth, descriptors if kind is Kind.THREAD else dict(descriptors))
-        if parent is not None:
-            shadow.cwd = parent.cwd
-            shadow.files = parent.files if kind is Kind.THREAD else dict(parent.files)
+        if parent is None:
+            return Mirrored(task, birth, {})
+        shares = kind is Kind.THREAD
+        shadow = Mirrored(task, birth, parent.descriptors if shares else dict(parent.descriptors))
+        shadow.cwd = parent.cwd
+        shadow.files = parent.files if shares else dict(parent.files)
         return shadow
 
     async def _leave_init(self, shadow: Mirrored) -> None:
-        """The first one, a child of init: a session, a root directory and signals of its own."""
+        """The first one, a child of init: a session, root directory, signals and (no) descriptors of its own."""
         at = shadow.task.virtual
         async with shadow.lock:
             self._agent.put(shadow.task, 0, struct.pack("<Q", ~_KEPT & (1 << 64) - 1))
@@ -150,6 +151,7 @@ class Processes:
                 shadow.task,
                 [
                     (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(0), 0, 8),
+                    (Sys.CLOSE_RANGE, 0, WINDOW_FD - 1, 0),
                     (Sys.SETSID,),
                     (Sys.CHROOT, at(64)),
                     (Sys.CHDIR, at(64 + len(OTHER_ROOT) + 1)),
