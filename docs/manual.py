@@ -200,7 +200,7 @@ def _related(name: str, other: str) -> bool:
 
 def _first_words(description: str) -> str:
     """The first sentence as a NAME section has it: small, without the stop."""
-    sentence = description.split("\n\n")[0].rstrip(".")
+    sentence = re.split(r"\.(?:\s|$)", description)[0]
     return sentence if sentence[:2].isupper() or sentence.startswith("A Linux") else sentence[0].lower() + sentence[1:]
 
 

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     whole: argparse.ArgumentParser = _Parser(
         prog="fakefs",
-        description="A Linux kernel's tracefs as a directory, with the kernel emulated: no root, no KVM, no risk.",
+        description="A Linux kernel's tracefs as a directory, for users who are not root; the kernel is emulated.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     mount.set_defaults(run=_mount)
 
     umount = _add(commands, "umount", "unmount a directory and end its kernel", "fakefs umount /tmp/tracing")
-    umount.add_argument("directory", metavar="DIR", type=Path)
+    umount.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
     umount.add_argument("--lazy", action="store_true", help="also while files in it are open")
     umount.set_defaults(run=_umount)
 

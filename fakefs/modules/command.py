@@ -56,7 +56,7 @@ def add_parsers(commands: Commands) -> None:
         "build a module from one C file, and print where it is",
         'fakefs module build hello.c\nfakefs insmod "$(fakefs module build hello.c)"',
     )
-    build.add_argument("source", metavar="FILE.c", type=Path)
+    build.add_argument("source", metavar="FILE.c", type=Path, help="the C file")
     build.add_argument("-o", dest="output", metavar="FILE.ko", type=Path, help="where to write it")
     build.set_defaults(run=_build)
     samples = cli._add(

@@ -97,6 +97,8 @@ def test_the_reference_has_every_command_and_option() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_help_has_examples_that_the_parser_takes(command: manual.Command, tmp_path: Path) -> None:
     assert command.description
+    for argument in (*command.positional, *command.options):
+        assert argument.help, f"{command.name} --help says nothing of {argument.written}"
     assert command.examples, f"{command.name} --help has no examples"
     own = 0
     for line in command.examples:
