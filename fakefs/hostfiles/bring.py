@@ -180,17 +180,19 @@ class HostFiles:
                 async with init.lock:
                     self._agent.put(init.task, 0, piece)
                     [result] = await self._pump.call(init.task, [(Sys.WRITE, fd, init.task.virtual(0), len(piece))])
-                written += _check(result)
+                if _check(result) == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))  # not from a kernel that is well
+                written += result
             _check(await self._call(lambda at, _: (Sys.FCHMODAT, _AT_FDCWD, at, mode), path))
         finally:
             await self._call(lambda _at, _: (Sys.CLOSE, fd))
 
     async def _check_room(self, size: int) -> None:
-        """Raise EFBIG for what would take more than half of the memory that the guest has left."""
+        """Raise EFBIG for what would take more than half of the memory that the guest has left, as it says itself."""
         result, data = await self._ask(lambda at, _: (Sys.SYSINFO, at + _RESULT), size=_SYSINFO.size)
         _check(result)
         free, unit = _SYSINFO.unpack(data)
-        if size > free * unit // 2:
+        if size > min(free * unit, self._pump.machine.ram_size) // 2:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     async def _remove(self, path: bytes) -> None:
