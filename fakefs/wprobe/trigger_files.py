@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -66,14 +67,14 @@ class TriggerFiles:
 
     async def _attach(self, writing: Writing, attached: Attached) -> None:
         wanted, target = attached.trigger, attached.target
+        others = [each for each in self._table.attached if each.path == attached.path and each.target is target]
+        if any(each.trigger.kind == wanted.kind for each in others):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        attached.second = any(not each.second for each in others)
         before = list(target.slots)
         if wanted.kind == "set" and not target.setters:
             self._table.park(target)
         count = "" if wanted.count is None else f":{wanted.count}"
-        attached.second = any(
-            other.path == attached.path and other.target is target and other.trigger.kind != wanted.kind
-            for other in self._table.attached
-        )
         self._table.attach(attached)
         try:
             await self._files.to_guest(writing, f"{attached.command}{count} if {wanted.filter or _ALWAYS}")

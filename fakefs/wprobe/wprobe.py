@@ -77,7 +77,7 @@ class Attached:
     target: Wprobe
     event_id: int
     field: int | None
-    second: bool = False  # the event had a trigger for this wprobe before
+    second: bool = False  # the event has another trigger for this wprobe, which is its first
     target_file: int = 0  # the target's trace_event_file in the guest, once it has acted
 
     @property

@@ -339,6 +339,29 @@ def test_an_argument_of_an_unknown_symbol(guest: Guest) -> None:
     serve(guest, test)
 
 
+def test_two_triggers_of_an_event_in_any_order(guest: Guest) -> None:
+    """One set and one clear for a wprobe, whichever was first and whichever has been removed since."""
+
+    async def test(tracefs: Served) -> None:
+        await make(tracefs, "a")
+        await object_watch(tracefs, "w2:watch")
+        trigger = "events/kprobes/te/trigger"
+        commands = {"set": "set_wprobe:watch:dentry", "clear": "clear_wprobe:watch"}
+        there = {"set"}
+        steps = ["clear", "!set", "set", "!clear", "clear", "!set", "!clear", "clear", "set", "!clear", "!set", "set"]
+        for step in steps:
+            name = step.removeprefix("!")
+            await tracefs.write(trigger, ("!" if name != step else "") + commands[name])
+            there ^= {name}
+            lines = [line for line in (await tracefs.read(trigger)).splitlines() if not line.startswith("#")]
+            assert sorted(line.split("_")[0] for line in lines) == sorted(there), step
+            for other in there:
+                with pytest.raises(FileExistsError):
+                    await tracefs.write(trigger, commands[other])
+
+    serve(guest, test)
+
+
 def test_truncating_a_trigger_file(guest: Guest) -> None:
     """It removes histograms, and neither trigger of a wprobe's."""
 

@@ -14,6 +14,7 @@ from tests.guest.served import Served, define, make, object_watch, serve, touch,
 
 # ---- every way to end
 
+DYNAMIC = b"/sys/kernel/tracing/dynamic_events"
 STEPS = {
     "set": ("events/kprobes/te/trigger", "!set_wprobe:watch:dentry"),
     "clear": ("events/kprobes/tc/trigger", "!clear_wprobe:watch"),
@@ -63,6 +64,90 @@ def test_removal_in_some_orders(guest: Guest) -> None:
 def test_removal_in_every_order(guest: Guest) -> None:
     assert len(ORDERS) == 720
     remove_in_orders(guest, ORDERS)
+
+
+# ---- anything at any time
+
+COMMANDS = [
+    *(("dynamic_events", f"w{slots}:wprobes/{name} {spec}") for name in "ab" for slots in ("", "2") for spec in
+      ("rw@-1:8 v=$value", "w@jiffies:8 o=$old", "w!@init_task:64 n=$size")),
+    *(("dynamic_events", line) for line in ("p:te do_truncate dentry=$arg2", "p:tc vfs_open file=$arg2")),
+    *(("dynamic_events", f"-:{name}") for name in ("wprobes/a", "wprobes/b", "te", "tc")),
+    *((f"{top}events/wprobes/{name}/enable", on) for top in ("", "instances/i/") for name in "ab" for on in "01"),
+    *((f"{top}events/kprobes/{event}/trigger", f"{off}{command}")
+      for top in ("", "instances/i/") for off in ("", "!") for event, command in (
+          ("te", "set_wprobe:a:dentry"), ("te", "set_wprobe:b:dentry:3:timeout=3ms"), ("tc", "clear_wprobe:a"),
+          ("te", "clear_wprobe:a:dentry"), ("tc", "set_wprobe:b:file"), ("tc", "clear_wprobe:b:2"),
+          ("te", "hist:keys=dentry"))),
+    ("instances/i", "mkdir"), ("instances/i", "rmdir"), ("dynamic_events", ""), ("kprobe_events", ""),
+    ("events/kprobes/te/trigger", ""), ("error_log", ""),
+]  # fmt: skip
+EXPECTED = {errno.EBUSY, errno.ENOENT, errno.EEXIST, errno.EINVAL, errno.EPERM}
+
+
+async def do(tracefs: Served, name: str, text: str) -> None:
+    try:
+        if text == "mkdir":
+            await tracefs.files.mkdir(tracefs.root, b"/sys/kernel/tracing/instances/i", 0o755)
+        elif text == "rmdir":
+            await tracefs.files.rmdir(tracefs.root, b"/sys/kernel/tracing/instances/i")
+        else:
+            await tracefs.write(name, text, truncate=not text)
+    except OSError as error:
+        if error.errno not in EXPECTED:
+            raise
+
+
+async def check(tracefs: Served) -> None:
+    """What we know and what the guest has are the same."""
+    table = tracefs.table
+    carriers = re.findall(r"^p:(\S+) emergency_restart", await tracefs.files.guest_text(DYNAMIC), re.MULTILINE)
+    ours = [f"{each.definition.group}/{each.definition.event}" for each in table.wprobes]
+    assert sorted(carriers) == sorted(ours)
+    shown = await tracefs.read("dynamic_events")
+    assert "emergency_restart" not in shown
+    for wprobe in table.wprobes:
+        assert len(wprobe.slots) <= wprobe.capacity
+        assert all((slot.watchpoint is not None) == (wprobe.users > 0) for slot in wprobe.slots)
+        attached = [each for each in table.attached if each.target is wprobe]
+        assert (wprobe.triggers, wprobe.setters) == (
+            len(attached),
+            len([each for each in attached if each.trigger.kind == "set"]),
+        )
+
+
+def do_anything(guest: Guest, seed: int, steps: int) -> None:
+    async def test(tracefs: Served) -> None:
+        chance = random.Random(seed)
+        await make(tracefs, "x", "y")
+        for _ in range(steps):
+            await do(tracefs, *chance.choice(COMMANDS))
+            await touch(tracefs, chance.choice("xy"))
+            await check(tracefs)
+        for top in "instances/i/", "":
+            for trigger, pointer in ("te", "dentry"), ("tc", "file"):
+                sets = [f"set_wprobe:{name}:{pointer}" for name in "ab"]
+                for command in (*sets, "clear_wprobe:a", "clear_wprobe:b", "hist:keys=dentry"):
+                    await do(tracefs, f"{top}events/kprobes/{trigger}/trigger", f"!{command}")
+        await do(tracefs, "instances/i", "rmdir")
+        await do(tracefs, "events/enable", "0")
+        await tracefs.write("dynamic_events", "", truncate=True)
+        assert not tracefs.table.wprobes
+        assert not tracefs.table.attached
+        assert (await tracefs.read("/proc/version")).startswith("Linux version")
+
+    serve(guest, test)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_anything(guest: Guest, seed: int) -> None:
+    do_anything(guest, seed, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_a_lot_of_anything(guest: Guest, seed: int) -> None:
+    do_anything(guest, seed, 300)
 
 
 # ---- where a hit is hardest to take

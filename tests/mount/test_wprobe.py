@@ -118,7 +118,7 @@ def _hits(mount: Mounted, event: str, trace: str = "trace") -> list[tuple[str, s
 def _ticks(mount: Mounted, event: str, more: int, trace: str = "trace") -> None:
     """Wait until an event that comes with ticks has that many more records; asking for them makes the guest tick."""
     wanted = len(_hits(mount, event, trace)) + more
-    until(lambda: len(_hits(mount, event, trace)) >= wanted, 20, f"{wanted} hits of {event}")
+    until(lambda: len(_hits(mount, event, trace)) >= wanted, PATIENCE, f"{wanted} hits of {event}")
 
 
 def _needs_fprobes(mount: Mounted) -> None:
