@@ -98,7 +98,7 @@ test: setup kernel ## linters, then the tests: unit, guest, mount
 test-unit: setup ## tests that need neither kernel nor mount
 	@$(PYTEST) -m "not slow and not bench" tests/unit
 
-test-native: setup ## the C core alone, under AddressSanitizer and UBSan
+test-native: setup ## the C parts alone, under AddressSanitizer and UBSan
 	@$(PYTEST) -rP tests/unit/test_native.py
 
 soak: setup kernel ## the slow tests

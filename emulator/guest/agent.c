@@ -27,7 +27,7 @@ static void __attribute__((noreturn)) give_up(const char *what)
 	say(what);
 	say("\n");
 	for (;;)
-		syscall6(SYS_futex, (long)what, FUTEX_WAIT_PRIVATE, *(const u32 *)what, 0, 0, 0);
+		SYSCALL3(SYS_pause, 0, 0, 0);
 }
 
 static void mount_at(const char *type, const char *directory)
@@ -130,7 +130,9 @@ __attribute__((used, noreturn)) static void start(void)
 	serve(0, 0);
 }
 
+#ifndef HOSTED
 __asm__(".globl _start\n"
 	"_start: xor %ebp, %ebp\n"
 	"and $-16, %rsp\n"
 	"call start\n");
+#endif

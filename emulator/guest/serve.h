@@ -32,7 +32,7 @@ struct kernel_sigaction {
 
 enum {
 	SYS_write = 1, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_rt_sigaction = 13, SYS_rt_sigreturn = 15,
-	SYS_dup2 = 33, SYS_mkdir = 83, SYS_mlock = 149, SYS_mount = 165, SYS_reboot = 169, SYS_futex = 202,
+	SYS_dup2 = 33, SYS_pause = 34, SYS_mkdir = 83, SYS_mlock = 149, SYS_mount = 165, SYS_reboot = 169, SYS_futex = 202,
 	SYS_clone3 = 435,
 };
 enum { O_WRONLY = 1, O_RDWR = 2, O_SYNC = 04010000 };
@@ -40,6 +40,11 @@ enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1, MAP_FIXED = 16 };
 enum { FUTEX_WAIT_PRIVATE = 128 };
 enum { SIGINT = 2, SIGPIPE = 13, SIGCHLD = 17, SIG_IGN = 1, SA_RESTORER = 0x04000000 };
 
+#ifdef HOSTED /* a test on the host stands for the kernel: tests/native/agent.c */
+static long syscall6(long number, long a, long b, long c, long d, long e, long f);
+static u32 hypercall(u64 slot);
+static long spawn(long arguments, long size, u64 slot, u64 physical);
+#else
 static long syscall6(long number, long a, long b, long c, long d, long e, long f)
 {
 	long result;
@@ -53,6 +58,7 @@ static long syscall6(long number, long a, long b, long c, long d, long e, long f
 			 : "rcx", "r11", "memory");
 	return result;
 }
+#endif
 
 #define SYSCALL3(number, a, b, c) syscall6(number, (long)(a), (long)(b), (long)(c), 0, 0, 0)
 
@@ -61,6 +67,7 @@ static struct slot *slot_at(u64 number)
 	return (struct slot *)(WINDOW_VIRTUAL + number * SLOT_SIZE);
 }
 
+#ifndef HOSTED
 /* The jump ends the translation block, so that the host finds the registers settled behind CPUID. */
 static u32 hypercall(u64 slot)
 {
@@ -69,6 +76,7 @@ static u32 hypercall(u64 slot)
 	__asm__ volatile("cpuid\n\tjmp 1f\n1:" : "+a"(a), "=b"(b), "+c"(c), "=d"(d) : : "memory");
 	return (u32)a;
 }
+#endif
 
 /* Map a slot that is not in our address space yet. */
 static void map_slot(u64 number, u64 physical)
@@ -79,6 +87,7 @@ static void map_slot(u64 number, u64 physical)
 
 __attribute__((used, noreturn)) static void serve(u64 number, u64 physical);
 
+#ifndef HOSTED
 /*
  * clone3(). A child in the same address space has a stack of its own, and may touch nothing of its parent's: it goes
  * straight to serve(). One with a copy of it goes there too, on its copy of the stack.
@@ -103,6 +112,7 @@ static long spawn(long arguments, long size, u64 slot, u64 physical)
 			 : "rcx", "r11", "memory");
 	return result;
 }
+#endif
 
 static void serve(u64 number, u64 physical)
 {

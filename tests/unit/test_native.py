@@ -1,4 +1,4 @@
-"""The C core under AddressSanitizer and UBSan: builds and runs tests/native/*.c."""
+"""The C parts under AddressSanitizer and UBSan: builds and runs tests/native/*.c."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": 
 def test_sanitized(harness: Path, tmp_path: Path) -> None:
     program = tmp_path / harness.stem
     sources = [harness, *sorted((ROOT / "emulator/native").glob("*.c"))]
+    fuse = subprocess.run(["pkg-config", "--cflags", "fuse3"], capture_output=True, text=True, check=True).stdout
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, *FLAGS, f"-I{ROOT / 'emulator/native'}", "-o", str(program), *map(str, sources)]
+    include = [f"-I{ROOT / 'emulator/native'}", *shlex.split(fuse)]
+    command = [*compiler, *FLAGS, *include, "-o", str(program), *map(str, sources)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=60)
