@@ -23,7 +23,7 @@ from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
 from fakefs.syscalls import Sys
 
-_PATIENCE = 2.0  # host seconds the guest gets for a record
+_PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine
 _QUEUE_MAX = 64  # records; those behind wait in the socket, and the recorder behind that
 
 

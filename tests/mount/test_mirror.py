@@ -227,6 +227,18 @@ print(open("file", "w").write("text"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mirror", ["process", "files", "all"])
+def test_a_script_of_200_commands_is_the_same(run: Run, mirror: str) -> None:
+    script = str(Path(__file__).parents[2] / "bench/configure.sh")
+    without, mirrored = run(script, "off"), run(script, mirror, 300)
+    assert without.returncode == mirrored.returncode == 7
+    assert "status 42" in without.stdout
+    assert [re.sub(r" \d+ (Terminated)", r" PID \1", done.stdout) for done in (mirrored,)] == [
+        re.sub(r" \d+ (Terminated)", r" PID \1", without.stdout)
+    ]
+
+
+@pytest.mark.slow
 def test_more_processes_than_the_guest_has_room_for(run: Run) -> None:
     done = run(
         f"""

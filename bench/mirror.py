@@ -1,0 +1,71 @@
+"""What mirroring costs the programs of `fakefs run`, and how long the guest takes to follow them."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from bench.clock import NotMeasured
+from bench.figures import FAKEFS, Bench, Figure, Measurement
+
+_CONFIGURE = Path(__file__).parent / "configure.sh"
+_OPEN = """
+import os, statistics, time
+def once():
+    start = time.perf_counter()
+    fd = os.open("file", os.O_WRONLY | os.O_CREAT)
+    taken = time.perf_counter() - start
+    os.close(fd)
+    return taken
+print(statistics.median(once() for _ in range(500)) * 1000)
+"""
+_TRUE = 'for i in $(seq "$1"); do /bin/true; done'
+_NOW = "date +%s.%N"
+
+
+def _run(bench: Bench, mirror: str, script: str, *arguments: str) -> list[float]:
+    """Run a bash script in a directory of its own; return the numbers in its output."""
+    argv = [*FAKEFS, "run", "--kernel", str(bench.kernel), "--mirror", mirror, "--", "bash", "-c", script, "bash"]
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run([*argv, *arguments], cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotMeasured(done.stderr.strip() or f"exit status {done.returncode}")
+    return [float(word) for word in done.stdout.split()]
+
+
+def _timed(script: str) -> str:
+    """The script, and before and behind it, and when the guest has followed, the time."""
+    return f"{_NOW}; {{ {script}; }} >/dev/null; {_NOW}; cat /sys/kernel/tracing/tracing_on >/dev/null; {_NOW}"
+
+
+def open_for_writing(bench: Bench) -> tuple[float, ...]:
+    """One open(2) of a file for writing, ms."""
+    return (_run(bench, "files", f"python3 -c '{_OPEN}'")[0],)
+
+
+def programs(bench: Bench) -> tuple[float, ...]:
+    """200 small programs: how long their shell takes, s; and one of them until the guest has followed, ms."""
+    count = 50 if bench.quick else 200
+    begin, end, followed = _run(bench, "files", _timed(_TRUE), str(count))
+    return (end - begin) * 200 / count, (followed - begin) * 1000 / count
+
+
+def configure(bench: Bench) -> tuple[float, ...]:
+    """A script like configure, how many times as long as without mirroring."""
+    script = _timed(f"{_CONFIGURE} || true")
+    without, mirrored = (_run(bench, mirror, script) for mirror in ("off", "files"))
+    return ((mirrored[1] - mirrored[0]) / (without[1] - without[0]),)
+
+
+MEASUREMENTS = (
+    Measurement(open_for_writing, (Figure("mirror_open", "mirrored open(2), p50", "ms", 0.5),)),
+    Measurement(
+        programs,
+        (
+            Figure("mirror_true", "200 x true, mirrored", "s", 1),
+            Figure("mirror_spawn", "fork+exec+exit, until the guest has followed", "ms", 4),
+        ),
+    ),
+    Measurement(configure, (Figure("mirror_configure", "a script like configure, mirrored", "x", 2.5),)),
+)
