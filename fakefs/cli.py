@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -263,6 +264,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    gc.disable()  # what is made while starting stays; to look for garbage in it takes 10 ms. A daemon turns it on again
     words = sys.argv[1:] if argv is None else argv
     # Everything behind `exec ... --` is the program's; argparse would look for options of ours in it.
     words, program = _split(words) if words[:1] in (["exec"], ["run"], ["shell"]) else (words, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -54,6 +55,8 @@ class Service:
 
 def run(guest: Guest, service: Service, ready: Callable[[], None]) -> None:
     """Serve until unmounted or told to stop by a signal; `ready` is called when the mount answers. Raises UserError."""
+    gc.freeze()
+    gc.enable()
     try:
         trio.run(_main, guest, service, ready)
     except BaseExceptionGroup as group:
