@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from bench.clock import NotMeasured, run
+from bench.clock import NotMeasured, cpu_seconds
 from bench.figures import FAKEFS, Bench, Figure, Measurement, private_memory, smaps_rollup
 
 _MANY = 20
 _PATIENCE = 120  # host seconds
+_LOOK = 0.003  # host seconds between two looks at the processes of a run
 _SCRIPT = "cat /sys/kernel/tracing/tracing_on && read -r _ && cat /sys/kernel/tracing/current_tracer"
-
-
-def _children_cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def run_true(bench: Bench) -> tuple[float, ...]:
-    """`fakefs run -- true`: host seconds, and CPU seconds of it and the processes it waits for."""
-    cpu, start = _children_cpu(), time.perf_counter()
-    run(*FAKEFS, "run", "--kernel", str(bench.kernel), "--", "true")
-    return time.perf_counter() - start, _children_cpu() - cpu
 
 
 def _family(pid: int) -> list[int]:
     """Return a process and its descendants."""
-    children = [
-        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
-    ]
-    return [pid, *(one for child in children for one in _family(child))]
+    found = [pid]
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended
+            found += [one for child in path.read_text().split() for one in _family(int(child))]
+    return found
+
+
+def run_true(bench: Bench) -> tuple[float, ...]:
+    """`fakefs run -- true`: host seconds, and CPU seconds of all its processes.
+
+    They run side by side, so that what they waited for a processor cannot be told from the host's seconds.
+    """
+    argv = [*FAKEFS, "run", "--kernel", str(bench.kernel), "--", "true"]
+    used: dict[int, float] = {}
+    start = time.perf_counter()
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            for pid in _family(process.pid):
+                used[pid] = cpu_seconds(pid)
+            time.sleep(_LOOK)
+    taken = time.perf_counter() - start
+    if process.returncode:
+        raise NotMeasured("fakefs run failed")
+    return taken, sum(used.values())
 
 
 def many(bench: Bench) -> tuple[float, ...]:
