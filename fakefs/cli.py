@@ -58,6 +58,7 @@ def _add(commands: Commands, name: str, what: str, examples: str, usage: str | N
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the man pages are made from it."""
     from fakefs import kernel_command, test_command
+    from fakefs.labs import command as lab_command
     from fakefs.modules import command as module_commands
 
     whole: argparse.ArgumentParser = _Parser(
@@ -147,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     test_command.add_parser(commands)
     kernel_command.add_parser(commands)
     module_commands.add_parsers(commands)
+    lab_command.add_parser(commands)
     return whole
 
 
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.disable()  # what is made while starting stays; to look for garbage in it takes 10 ms. A daemon turns it on again
     words = sys.argv[1:] if argv is None else argv
     # Everything behind `exec ... --` is the program's; argparse would look for options of ours in it.
-    words, program = _split(words) if words[:1] in (["exec"], ["run"], ["shell"]) else (words, [])
+    words, program = _split(words) if words[:1] in (["exec"], ["run"], ["shell"], ["lab"]) else (words, [])
     arguments = parser().parse_args(words)
     arguments.program = program
     try:

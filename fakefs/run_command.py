@@ -45,28 +45,36 @@ class Errand:
     wprobe: str = "unlimited"
     mounted: Path | None = None
     mirror: str = "off"
+    prepare: Callable[[], str] | None = None
+    """Called inside before the program starts; it returns the directory for that. May raise UserError."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the program; return its exit status, or die of the signal that it died of."""
-    from fakefs import runtime, view
-
     argv = list(arguments.program)
     if not argv:
         if arguments.command == "run":
             raise UserError("no program given: fakefs run -- CMD", exit_status=2)
         argv = [os.environ.get("SHELL") or "/bin/sh"]
     try:
-        view.check_inherited()
-        errand = _errand(arguments, argv)
-        private = runtime.directory()
-        with _terminal():
-            return _finish(_outermost(errand, view.View(private)))
+        return _finish(perform(_errand(arguments, argv)))
     except (UserError, EmulatorError) as error:
         raise UserError(str(error), exit_status=FAILED) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{where}{error.strerror}", exit_status=FAILED) from None
+
+
+def perform(errand: Errand) -> int:
+    """Run a program in a view of its own; return its wait status. Raises UserError, OSError."""
+    from fakefs import runtime, view
+
+    view.check_inherited()
+    with _terminal():
+        outcome = _outermost(errand, view.View(runtime.directory()))
+    if outcome.status is None:
+        raise UserError(outcome.failure)
+    return outcome.status
 
 
 def _errand(arguments: argparse.Namespace, argv: list[str]) -> Errand:
@@ -132,13 +140,11 @@ def _attempt(errand: Errand, view: View, *, new_pids: bool) -> _Outcome:
     return _Outcome(failure=rest or "the program's surroundings were killed")
 
 
-def _finish(outcome: _Outcome) -> int:
+def _finish(status: int) -> int:
     """Return the exit status, or die as the program did, so that whoever waits for us sees the same."""
-    if outcome.status is None:
-        raise UserError(outcome.failure)
-    if not os.WIFSIGNALED(outcome.status):
-        return os.waitstatus_to_exitcode(outcome.status)
-    number = os.WTERMSIG(outcome.status)
+    if not os.WIFSIGNALED(status):
+        return os.waitstatus_to_exitcode(status)
+    number = os.WTERMSIG(status)
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the core to look at is the program's
@@ -273,7 +279,14 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
         namespace.die_with_parent()
         view.show_guest(socket, whole=whole)
         reopen_directories()
-        return _execute(errand.argv, directory, launch)
+        if errand.prepare is None:
+            return _execute(errand.argv, directory, launch)
+        _unblock_signals()
+        try:
+            return _execute(errand.argv, errand.prepare(), launch)
+        except UserError as error:
+            _tell(2, f"fakefs: {error}\n")
+            return FAILED
 
     gone = False
 

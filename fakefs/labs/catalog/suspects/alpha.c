@@ -1,0 +1,2 @@
+#define DRIVER alpha
+#include "driver.h"

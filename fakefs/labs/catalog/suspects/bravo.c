@@ -1,0 +1,2 @@
+#define DRIVER bravo
+#include "driver.h"

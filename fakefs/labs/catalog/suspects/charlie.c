@@ -1,0 +1,2 @@
+#define DRIVER charlie
+#include "driver.h"

@@ -1,0 +1,2 @@
+#define DRIVER delta
+#include "driver.h"
