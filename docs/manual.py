@@ -24,6 +24,7 @@ EXAMPLES = "examples:\n"
 ENVIRONMENT = {
     "FAKEFS_CACHE": "Where kernels and snapshots are kept; default: $XDG_CACHE_HOME/fakefs, or ~/.cache/fakefs.",
     "XDG_RUNTIME_DIR": "Where the sockets of running mounts are; default: a directory of the user's in /tmp.",
+    "XDG_STATE_HOME": "Where your progress in labs is kept, in fakefs/labs; default: ~/.local/state.",
     "SHELL": "The shell of fakefs shell.",
 }
 

@@ -329,8 +329,8 @@ def _run(request: dict[str, Any], order: Order) -> NoReturn:
         os._exit(status)
 
 
-def _import_all() -> None:
-    """Import what children will need."""
+def import_all() -> None:
+    """Import what children will need, before they are forked."""
     from importlib import import_module
 
     for name in ("emulator.cpu.native", *(f"fakefs.{name}" for name in _NEEDED)):
@@ -342,7 +342,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's; when it ends, so do we
     with socket.socket(fileno=os.dup(0)) as connection, connection.makefile("rw", encoding="utf-8") as channel:
         _redirect(0, os.devnull, os.O_RDONLY)
-        _import_all()
+        import_all()
         gc.freeze()  # a collection in a child would touch, and so copy, all of this
         server = _Server(channel)
         try:

@@ -24,7 +24,15 @@ CATALOG = Path(__file__).parent / "catalog"
 """The labs that come with the package."""
 
 _REQUIRED = ("lab.toml", "README.md", "hints.md", "check", "solution")
-_KEYS = {"title": str, "level": int, "minutes": int, "modules": list, "parameters": str, "secret": list, "answer": str}
+_KEYS: dict[str, type] = {
+    "title": str,
+    "level": int,
+    "minutes": int,
+    "modules": list,
+    "parameters": str,
+    "secret": list,
+    "answer": str,
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def read(directory: Path) -> Lab:
         if kind is None:
             near = difflib.get_close_matches(key, _KEYS, 1)
             raise UserError(f"lab {name}: lab.toml: unknown {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if type(value) is not kind or (kind is list and not all(isinstance(word, str) for word in value)):
+        texts = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        if type(value) is not kind or (kind is list and not texts):
             what = {str: "a text", int: "a number", list: "a list of texts"}[kind]
             raise UserError(f"lab {name}: lab.toml: {key} is {what}")
     if not values.get("title"):

@@ -127,9 +127,7 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     known = {lab.name: progress.load(progress.place(lab.name)) for lab in labs}
     if arguments.json:
-        entries = [
-            {"lab": lab.name, "title": lab.title, "level": lab.level, **asdict(known[lab.name])} for lab in labs
-        ]
+        entries = [{"lab": lab.name, "title": lab.title, "level": lab.level, **asdict(known[lab.name])} for lab in labs]
         print(json.dumps(entries, indent=2))
         return 0
     width = max(len(lab.name) for lab in labs)
@@ -212,7 +210,7 @@ def _new(arguments: argparse.Namespace) -> int:
     if directory.exists():
         raise UserError(f"{directory} is there already", exit_status=2)
     shutil.copytree(_TEMPLATE, directory)
-    print(f"{directory}: read README.md and lab.toml in it; fakefs lab test ./{directory} tries it out")
+    print(f"{directory}: read README.md and lab.toml in it; fakefs lab test {directory} tries it out")
     return 0
 
 

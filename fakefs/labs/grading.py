@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,8 @@ def grade(lab: Lab, session: Session, answer: str | None) -> Outcome:
     given = (directory / "answer").read_text() if (directory / "answer").exists() else ""
     status = json.loads(client.ask(client.find_mount(None), {"do": "status"}))
     if status["dead"]:
-        raise UserError(f"the guest has died ({status['dead']}); a fresh one: fakefs lab reset")
+        reason = re.sub(r"^\[[ \d.]*\] ", "", str(status["dead"]).splitlines()[0])
+        raise UserError(f"the guest has died ({reason}); a fresh one: fakefs lab reset")
     try:
         outcome = _run_check(lab, session, given)
     except OSError as error:

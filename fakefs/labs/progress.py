@@ -1,8 +1,10 @@
-"""A student's progress in a lab, kept in the user's cache: a small JSON file per lab, replaced as a whole.
+"""A student's progress in a lab: a small JSON file per lab, replaced as a whole, where the user's state is kept.
 
-    CACHE/labs/NAME/progress.json     hints taken, checks made, when it was passed
-    CACHE/labs/NAME/lock              held while the lab runs, with the process id of `fakefs lab start` in it
-    CACHE/labs/NAME/reset             there while a reset is asked for
+    STATE/labs/NAME/progress.json     hints taken, checks made, when it was passed
+    STATE/labs/NAME/lock              held while the lab runs, with the process id of `fakefs lab start` in it
+    STATE/labs/NAME/reset             there while a reset is asked for
+
+STATE is $XDG_STATE_HOME/fakefs, or ~/.local/state/fakefs (the XDG base directory specification).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from fakefs import kernels
 from fakefs.errors import UserError
 
 
@@ -30,7 +31,8 @@ class Progress:
 
 def place(name: str) -> Path:
     """The directory of a lab's progress."""
-    return kernels.cache_dir() / "labs" / name
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".local/state") / "fakefs/labs" / name
 
 
 def load(directory: Path) -> Progress:
@@ -68,7 +70,7 @@ def running(name: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; set FAKEFS_CACHE to a directory you can write to") from None
+        raise UserError(f"{directory}: {error.strerror}; set XDG_STATE_HOME to a directory you can write to") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

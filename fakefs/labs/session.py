@@ -14,6 +14,7 @@ import shutil
 import signal
 import string
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -79,41 +80,58 @@ def start(lab: Lab, guests: Guests, command: Sequence[str] = ()) -> int:
     """Run a lab's shell, or a command, until it ends without a reset; return its exit status. Raises UserError."""
     keep = progress.place(lab.name)
     with progress.running(lab.name):
+        place = Place(lab, guests)
+        silent = bool(command)
+
+        def begin(_: Session) -> None:
+            if not silent:
+                show(lab)
+
         while True:
-            status = run(lab, guests, keep, command or _shell(), lambda _: None if command else show(lab))
+            status = place.run(keep, command or _shell(), begin)
             if not progress.take_reset(lab.name):
                 break
             kernels.say(f"fakefs: lab {lab.name}: a fresh kernel")
+            silent = True
     if not command:
         state = "passed" if progress.load(keep).passed_at else "not passed yet"
         kernels.say(f"fakefs: lab {lab.name}: {state}")
     return status
 
 
-def run(lab: Lab, guests: Guests, keep: Path | None, argv: Sequence[str], when_ready: WhenReady) -> int:
-    """Run a program in a lab with a fresh guest; return its exit status.
+class Place:
+    """Where a lab takes place: its modules, built, and a guest that is never run, but forked with."""
 
-    `when_ready` is called inside, before the program. Progress is kept in `keep`, without that in the session.
-    """
-    from emulator.guest import DEFAULT_MEMORY
-    from fakefs import run_command
-    from fakefs.modules.build import build
-    from fakefs.mounting import Order, get_guest
+    def __init__(self, lab: Lab, guests: Guests) -> None:
+        """Fetch, boot and build what is needed. Raises UserError."""
+        from emulator.guest import DEFAULT_MEMORY
+        from fakefs import forkserver
+        from fakefs.modules.build import build
+        from fakefs.mounting import Order, get_guest
 
-    guest = get_guest(Order(Path(), guests.kernel, guests.memory or DEFAULT_MEMORY))
-    modules = [build(lab.directory / module, guest.release) for module in lab.modules]
-    secret = random.choice(lab.secret) if lab.secret else ""
+        self.lab = lab
+        self._guest = get_guest(Order(Path(), guests.kernel, guests.memory or DEFAULT_MEMORY))
+        self._modules = [build(lab.directory / module, self._guest.release) for module in lab.modules]
+        forkserver.import_all()
 
-    def prepare() -> str:
-        session = _open(lab, keep, secret, modules)
-        _set_up(lab, session, modules)
-        when_ready(session)
-        return str(TRACING)
+    def run(self, keep: Path | None, argv: Sequence[str], when_ready: WhenReady) -> int:
+        """Run a program in the lab with a fresh guest; return its exit status.
 
-    status = run_command.perform(run_command.Errand(list(argv), guest, prepare=prepare))
-    guest.close()
-    code = os.waitstatus_to_exitcode(status)
-    return 128 - code if code < 0 else code
+        `when_ready` is called inside, before the program. Progress is kept in `keep`, without that in the session.
+        """
+        from fakefs import run_command
+
+        secret = random.choice(self.lab.secret) if self.lab.secret else ""
+
+        def prepare() -> str:
+            session = _open(self.lab, keep, secret, self._modules)
+            _set_up(self.lab, session, self._modules)
+            when_ready(session)
+            return str(TRACING)
+
+        status = run_command.perform(run_command.Errand(list(argv), self._guest, prepare=prepare))
+        code = os.waitstatus_to_exitcode(status)
+        return 128 - code if code < 0 else code
 
 
 def _open(lab: Lab, keep: Path | None, secret: str, modules: Sequence[Path]) -> Session:
@@ -134,8 +152,8 @@ def _open(lab: Lab, keep: Path | None, secret: str, modules: Sequence[Path]) -> 
 
 def _shell() -> list[str]:
     """The student's shell. The labs' texts are for bash."""
-    bash = shutil.which("bash")
-    return [bash, "--rcfile", str(Session.directory() / "rc"), "-i"] if bash else ["/bin/sh", "-i"]
+    shell = f'bash --rcfile "${_VARIABLE}/rc"' if shutil.which("bash") else "sh"
+    return ["sh", "-c", f"exec {shell} -i"]
 
 
 def _set_up(lab: Lab, session: Session, modules: Sequence[Path]) -> None:
@@ -188,8 +206,6 @@ def _start_workload(lab: Lab, mount: Path, text: str, values: dict[str, str]) ->
 
 def show(lab: Lab) -> None:
     """Print the text for the student."""
-    import sys
-
     text = lab.text("README.md")
     if sys.stdout.isatty():
         from rich.console import Console

@@ -7,7 +7,7 @@ import subprocess
 from fakefs.errors import UserError
 from fakefs.labs.catalog import Lab
 from fakefs.labs.grading import grade
-from fakefs.labs.session import TRACING, Guests, Session, run
+from fakefs.labs.session import TRACING, Guests, Place, Session
 
 _SECONDS = 120
 
@@ -16,7 +16,7 @@ def try_out(lab: Lab, guests: Guests) -> bool:
     """Run a lab's solution in a fresh guest; what goes wrong is told on standard error. Raises UserError."""
     if not lab.hints:
         raise UserError(f"lab {lab.name}: there is no hint in hints.md")
-    return run(lab, guests, None, ["true"], lambda session: _inside(lab, session)) == 0
+    return Place(lab, guests).run(None, ["true"], lambda session: _inside(lab, session)) == 0
 
 
 def _inside(lab: Lab, session: Session) -> None:

@@ -84,11 +84,13 @@ def shell(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Ite
         "command=$1\n"
         f"kernel={shlex.quote(str(kernel_path))}\n"
         'case $command in mount | run | shell | test) shift; run "$command" --kernel "$kernel" "$@" ;; esac\n'
+        'case "$1 $2" in "lab start" | "lab test") lab=$2; shift 2; run lab "$lab" --kernel "$kernel" "$@" ;; esac\n'
         'run "$@"\n'
     )
     fakefs.chmod(0o755)
     path = [str(binaries), str(Path(sys.executable).parent), os.environ["PATH"]]
-    env = {**environment, "PATH": os.pathsep.join(path), "XDG_RUNTIME_DIR": str(runtime), "SHELL": "/bin/bash"}
+    own = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(tmp_path / "state"), "SHELL": "/bin/bash"}
+    env = {**environment, "PATH": os.pathsep.join(path), **own}
     yield env
     with open("/proc/self/mountinfo", "rb") as file:
         mounts = [mount.directory for mount in mountpoint.parse_mountinfo(file.read())]
