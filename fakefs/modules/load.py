@@ -31,7 +31,6 @@ _TEXT_AT = 0x100
 _TEXT_MAX = 0x1000
 _DATA_AT = 0x1100
 _DATA_MAX = 0x8000
-_LOOK_AGAIN = 0.5  # host seconds
 
 _LOADING = {
     errno.EEXIST: "it is loaded already",
@@ -93,7 +92,6 @@ class Modules:
         try:
             yield shadow
         except _Killed:
-            self._agent.forget(shadow.task)
             message = "the module has crashed, and the kernel killed what was loading it: fakefs exec -- dmesg"
             raise UserError(message) from None
         except BaseException:
@@ -103,19 +101,10 @@ class Modules:
         await self._shadows.end(shadow)
 
     async def _call(self, shadow: Shadow, call: Call) -> int:
-        """Make one call, which may take long, or be the task's last."""
-        request = self._pump.begin(shadow.task, [call])
-        while not request.done:
-            with trio.move_on_after(_LOOK_AGAIN):
-                await self._pump.finish(request)
-            if not request.done and await self._gone(shadow):
-                raise _Killed
-        return request.results[0]
-
-    async def _gone(self, shadow: Shadow) -> bool:
-        init = self._shadows.init
-        async with init.lock:
-            return await self._pump.call(init.task, [(Sys.KILL, shadow.task.pid, 0)]) == [-errno.ESRCH]
+        [result] = await self._pump.call(shadow.task, [call])
+        if shadow.task.dead:
+            raise _Killed
+        return result
 
     async def _open(self, shadow: Shadow, path: bytes, flags: int) -> int:
         self._agent.put(shadow.task, _TEXT_AT, path + b"\0")
