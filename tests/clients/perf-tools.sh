@@ -5,6 +5,7 @@ set -euo pipefail
 # shellcheck disable=SC1091 # it is checked by itself
 . "$(dirname "$0")/lib.sh"
 need perf-tools-unstable
+need gawk
 enter "$@"
 activity
 
@@ -13,6 +14,12 @@ expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_
 expect "kprobe with an argument" "myopen: .* flags=[0-9]+" kprobe-perf -d 1 'p:myopen vfs_open flags=+0(%si):u32'
 expect "kprobe with a filter" "$hit" kprobe-perf -d 1 'p:myopen vfs_open' 'common_pid > 0'
 expect "kprobe with stacks" '=> (do_sys_openat2|path_openat)' kprobe-perf -s -d 1 'p:myopen vfs_open'
+expect "kprobe -H prints the header" '# tracer: nop' kprobe-perf -H -d 1 'p:myopen vfs_open'
+expect "functrace with a glob" 'vfs_(open|read|write) <-' functrace-perf -d 1 'vfs_*'
+expect "funcgraph -D" 'vfs_open\(\) \{' funcgraph-perf -Dm 2 -d 1 vfs_open
+expect "tpoint with stacks" '=> ' tpoint-perf -s -d 1 sched:sched_switch
+expect "opensnoop begins" 'Tracing open\(\)s' timeout -s INT 5 opensnoop-perf
+expect "execsnoop begins" 'Tracing exec' execsnoop-perf -d 3
 # shellcheck disable=SC2016 # it is the kernel's
 expect "kretprobe" 'myret: .*<- vfs_open' kprobe-perf -d 1 'r:myret vfs_open $retval'
 expect "functrace" 'vfs_open <-' functrace-perf -d 1 vfs_open

@@ -1,5 +1,6 @@
 #!/bin/bash
-# trace-cmd in the view of `fakefs run`: list, start, show, stop, extract, record with and without splice, report, reset.
+# trace-cmd in the view of `fakefs run`: list, start, show, stop, stream, extract, restore, record with and without splice,
+# report, hist, reset.
 # shellcheck disable=SC2154 # set in lib.sh
 set -euo pipefail
 # shellcheck disable=SC1091 # it is checked by itself
@@ -32,6 +33,28 @@ for way in "" --nosplice; do
 	expect "record ${way:-with splice}: opens, none lost" '^(20[0-9]|21[0-9])$' sh -c \
 		"trace-cmd report 2>&1 | grep -c 'bash-.*sys_enter_openat'"
 done
+
+# Many times what a small buffer holds, of which each one has to arrive.
+marks="for ((i = 0; i < 4000; i++)); do echo marker; done >$tracing/trace_marker"
+for way in "" --nosplice; do
+	trace-cmd record $way -b 64 -p nop bash -c "$marks" >/dev/null
+	expect "record ${way:-with splice}: 4000 of 4000" '^4000$' sh -c "trace-cmd report 2>/dev/null | grep -c 'print:.*marker'"
+done
+trace-cmd record -e sched:sched_switch cat "$tracing"/available_events >/dev/null
+expect "hist" 'sched_switch #[0-9]+' trace-cmd hist
+
+# A poll of the raw file waits until so much of the buffer is full, half of it by default: as on every kernel.
+echo 0 >"$tracing"/buffer_percent
+expect "stream" 'sched_switch: ' trace-cmd stream -e sched:sched_switch cat "$tracing"/available_events
+echo 50 >"$tracing"/buffer_percent
+
+trace-cmd start -e sched:sched_switch
+cat "$tracing"/available_events >/dev/null
+trace-cmd stop
+dd if="$tracing"/per_cpu/cpu0/trace_pipe_raw of=raw.cpu0 bs=4096 iflag=nonblock 2>/dev/null || true
+trace-cmd restore -o restored.dat raw.cpu0 >/dev/null
+expect "restore of raw pages" 'sched_switch: ' trace-cmd report -i restored.dat
+trace-cmd reset
 expect "function tracer" 'function: +vfs_open' sh -c \
 	"trace-cmd record -p function -l vfs_open cat $tracing/tracing_on >/dev/null && trace-cmd report"
 trace-cmd reset
