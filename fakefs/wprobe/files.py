@@ -40,6 +40,7 @@ class WprobeFiles(GuestFiles):
         self._triggers = TriggerFiles(self, table, structs)
         self.shown = Shown(table)
         self.logs = Logs(self)
+        self._commands = trio.Lock()  # one at a time, as in the kernel: each is several requests to the guest
 
     # ---- what programs do
 
@@ -50,11 +51,14 @@ class WprobeFiles(GuestFiles):
         if role is None:
             return await super().open(caller, path, flags, mode)
         truncates = flags & os.O_TRUNC and flags & os.O_ACCMODE != os.O_RDONLY
-        if not truncates or not await self._truncate(caller, role, path):
+        if not truncates:
             return await self.open_text(caller, path, flags, role, mode)
-        file = await self.open_text(caller, path, flags & ~os.O_TRUNC, role, mode)
-        await super().truncate(caller, path, file, 0)  # which probes see; what the file does on O_TRUNC has been done
-        return file
+        async with self._commands:
+            if not await self._truncate(caller, role, path):
+                return await self.open_text(caller, path, flags, role, mode)
+            file = await self.open_text(caller, path, flags & ~os.O_TRUNC, role, mode)
+            await super().truncate(caller, path, file, 0)  # which probes see; what the file does itself has been done
+            return file
 
     async def _truncate(self, caller: Caller, role: Role, path: bytes) -> bool:
         """Do what opening with O_TRUNC means for wprobes; True when the guest is not to truncate any more."""
@@ -104,16 +108,20 @@ class WprobeFiles(GuestFiles):
             if file.role is Role.ERROR_LOG:
                 self.logs.clear(file.path)
             elif file.role is Role.DYNAMIC_EVENTS and self._events.concern(data):
-                await self._events.write(writing, data)
+                async with self._commands:
+                    await self._events.write(writing, data)
                 return len(data)
-            elif file.role is Role.TRIGGER and b"_wprobe" in data and await self._triggers.write(writing, data):
-                return len(data)
+            elif file.role is Role.TRIGGER and b"_wprobe" in data:
+                async with self._commands:
+                    if await self._triggers.write(writing, data):
+                        return len(data)
         return await super().write(caller, file, offset, data, flags, intr)
 
     async def rmdir(self, caller: Caller, path: bytes) -> None:
         """rmdir(2); an instance takes its triggers with it."""
         await super().rmdir(caller, path)
-        await self.drop_stale()
+        async with self._commands:
+            await self.drop_stale()
 
     # ---- what our parts do with the guest's own files
 

@@ -8,6 +8,7 @@ import re
 from itertools import permutations
 
 import pytest
+import trio
 
 from emulator.guest import Guest
 from tests.guest.served import Served, define, make, object_watch, serve, touch, watched
@@ -148,6 +149,38 @@ def test_anything(guest: Guest, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_a_lot_of_anything(guest: Guest, seed: int) -> None:
     do_anything(guest, seed, 300)
+
+
+def test_many_writers_at_a_time(guest: Guest) -> None:
+    """Commands are done one after the other, whoever writes them: of those that define the same, one wins."""
+
+    async def test(tracefs: Served) -> None:
+        outcomes: list[str] = []
+
+        async def run(name: str, text: str) -> None:
+            try:
+                await tracefs.write(name, text)
+                outcomes.append("done")
+            except OSError as error:
+                outcomes.append(errno.errorcode[error.errno or 0])
+
+        async def all_at_once(*commands: tuple[str, str]) -> list[str]:
+            outcomes.clear()
+            async with trio.open_nursery() as nursery:
+                for command in commands:
+                    nursery.start_soon(run, *command)
+            return sorted(outcomes)
+
+        await define(tracefs, "p:te do_truncate dentry=$arg2")
+        assert await all_at_once(*[("dynamic_events", "w4:watch rw@-1:8")] * 5) == ["EBUSY"] * 4 + ["done"]
+        trigger = "events/kprobes/te/trigger"
+        assert await all_at_once(*[(trigger, "set_wprobe:watch:dentry")] * 5) == ["EEXIST"] * 4 + ["done"]
+        await check(tracefs)
+        assert await all_at_once(*[(trigger, "!set_wprobe:watch:dentry")] * 5) == ["done"] * 5
+        assert await all_at_once(*[("dynamic_events", "-:watch")] * 5) == ["ENOENT"] * 4 + ["done"]
+        await check(tracefs)
+
+    serve(guest, test)
 
 
 # ---- where a hit is hardest to take
