@@ -217,7 +217,7 @@ def test_the_same_calls_give_the_same_trace_to_the_nanosecond(snapshot_dir: Path
         for _ in range(2)
     )
     events = [line for line in first.stdout.decode().splitlines() if line and not line.startswith("#")]
-    assert len(events) > 50
+    assert len(events) > 20
     assert any(" in: (vfs_read" in line for line in events)
     assert any(" sched_switch: " in line for line in events)
     assert first.stdout == second.stdout
