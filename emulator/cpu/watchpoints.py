@@ -52,7 +52,10 @@ class Kind(IntEnum):
 
 
 class Hit(NamedTuple):
-    """One watchpoint hit by one instruction. Addresses are guest virtual, lengths in bytes."""
+    """One watchpoint hit by one instruction. Addresses are guest virtual, lengths in bytes.
+
+    Of a store across the end of a page only the part is known that is on the pages it overlaps the range on.
+    """
 
     token: int
     address: int  # what was accessed
