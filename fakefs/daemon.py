@@ -101,8 +101,12 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
 
 
 def _mirror(shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> None:
+    import resource
+
     from fakefs.mirror.mirror import Mirror
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
     mirror = Mirror(shadows, records, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)

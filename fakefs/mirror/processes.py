@@ -249,9 +249,11 @@ class Processes:
         """Wait for the end of a process; most have told of it before."""
         try:
             fd = os.pidfd_open(shadow.tid)
-        except OSError:
+        except ProcessLookupError:
             self._died(shadow, signal.SIGKILL)
             return
+        except OSError:
+            return  # no descriptors left: it is followed only if it tells of its end
         self._followed[fd] = shadow
         self._ends.register(fd, select.POLLIN)
         try:
