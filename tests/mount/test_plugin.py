@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -248,7 +248,6 @@ os.kill(os.getpid() if {victim!r} == "client" else server._process.pid, signal.S
     until(lambda: mountpoint.mount_at(directory) is None, PATIENCE, "the mount's end")
 
 
-@pytest.mark.skipif(util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
 def test_with_xdist(run_pytest: RunPytest) -> None:
     output = run_pytest(
         """
