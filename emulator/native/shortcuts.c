@@ -11,6 +11,7 @@
 
 #define PAGE_SIZE 4096u
 #define MOST_RECORDS (1u << 22)
+#define MOST_PAGES (1u << 16)
 #define BIG_NAME 0x80u /* the length goes on in the next byte */
 enum { RAX = 0 };
 
@@ -103,8 +104,10 @@ static bool skip_records(struct core *c)
 		    !load(c, page + s->page_next, &following, 8) || used < 0 || used > (int32_t)MOST_RECORDS ||
 		    !find_busy(c, records, next, (uint32_t)used, &next))
 			return false;
-		if (next < (uint32_t)used || !following || ++pages > MOST_RECORDS)
+		if (next < (uint32_t)used || !following)
 			break;
+		if (++pages > MOST_PAGES) /* a ring */
+			return false;
 		page = following;
 		next = 0;
 	}
