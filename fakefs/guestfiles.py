@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -61,6 +62,7 @@ class GuestFile:
         "poller",
         "position",
         "seekable",
+        "urgent",
     )
 
     def __init__(self, handle: Handle, path: bytes, flags: int, seekable: bool) -> None:
@@ -74,6 +76,7 @@ class GuestFile:
         self.end: int | None = None  # where the guest has said that the text ends
         self.position = 0
         self.poller: _Poller | None = None
+        self.urgent = 0  # POLLPRI, when the poller was told of it: a histogram tells of each change once
 
 
 class _Poller:
@@ -327,7 +330,8 @@ class GuestFiles:
         assert isinstance(file, GuestFile)
         shadow = await self._shadows.of(caller)
         async with shadow.lock:
-            ready = await self._poll(shadow, file, events, 0)
+            ready = await self._poll(shadow, file, events, 0) | file.urgent & events
+            file.urgent &= ~events
         if not ready and notify is not None:
             if file.poller is None:
                 file.poller = _Poller(events, notify)
@@ -355,7 +359,8 @@ class GuestFiles:
             async with shadow.lock:
                 while file.poller is poller:
                     events = poller.events
-                    if await self._poll(shadow, file, events, -1):
+                    if ready := await self._poll(shadow, file, events, -1):
+                        file.urgent |= ready & select.POLLPRI
                         poller.notify()
                         break
             if file.poller is poller:
