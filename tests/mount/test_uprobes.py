@@ -146,7 +146,8 @@ def test_return_probes_and_memory_of_the_file(m: Mounted, static: Program) -> No
     m.write("events/uprobes/enable", "0")
     assert hits(m, "sums") == ["measure sum=0x3"]
     [hit] = hits(m, "answers")
-    assert hit.startswith('measure answer=42 comm="measure" here=0x')
+    answer = 0 if m.status()["kernel"].startswith("6.1.") else 42  # that one adds the offset twice
+    assert hit.startswith(f'measure answer={answer} comm="measure" here=0x')
 
 
 def test_filters_triggers_and_pids(m: Mounted, static: Program) -> None:
@@ -169,7 +170,8 @@ def test_filters_triggers_and_pids(m: Mounted, static: Program) -> None:
 
 def test_a_reference_counter_is_raised_while_the_event_is_enabled(m: Mounted, static: Program) -> None:
     answer = f"{static.offset('answer'):#x}"
-    m.write("uprobe_events", f"p:answers {static.at('add')}({answer}) answer=@+{answer}:s64\n")
+    distance = static.addresses["answer"] - static.addresses["add"]
+    m.write("uprobe_events", f"p:answers {static.at('add')}({answer}) answer=+{distance}(%ip):s64\n")
     assert f"({answer})" in m.read("uprobe_events")
     m.write("events/uprobes/answers/enable", "1")
     m.exec(str(static.path), "a")
