@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 from fakefs import kernels
 
 _TIERS = ("guest", "mount")
+
+
+def pytest_configure() -> None:
+    """Signals from the keyboard are ignored in what a shell starts in the background, and in all children of that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
