@@ -148,12 +148,12 @@ def test_deterministic_traces_are_the_same(run_pytest: RunPytest, tmp_path: Path
 def test_trace(fakefs_run):
     done = fakefs_run('''
         cd /sys/kernel/tracing
+        echo function > current_tracer; echo nop > current_tracer
         echo 'p:reads vfs_read count=$arg3' > dynamic_events
         echo 'comm == "cat"' > events/kprobes/reads/filter
         echo 1 > events/sched/enable; echo 1 > events/timer/enable
         echo 1 > events/kprobes/reads/enable
         for i in 1 2 3; do cat current_tracer; ls events/kprobes; done
-        echo function > current_tracer; echo nop > current_tracer
         mkdir instances/one; rmdir instances/one
         echo 0 > tracing_on
     ''')
