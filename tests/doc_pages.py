@@ -118,7 +118,7 @@ _VARIES = (
     (r"\b\d+\.\d+(-\d+)?\+?[\w.]*-(cloud-)?amd64", "RELEASE"),
     (r"\[ *\d+\.\d+\]", "[TIME]"),
     (r"\+0x[0-9a-f]+(/0x[0-9a-f]+)?", "+OFFSET"),
-    (r"\b([0-9a-f]{16}|0x[0-9a-f]{9,16})\b", "ADDRESS"),
+    (r"\b(0x)?(?:[0-9a-f]{16}|(?<=0x)[0-9a-f]{9,15})\b", r"\1ADDRESS"),
     (r"\b(pid|ns|max)(=|: ?)\d+", r"\1\2N"),
     (r"([+!#*@$] )?\b\d+\.\d+ us\b", "DURATION"),
 )

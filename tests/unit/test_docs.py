@@ -178,6 +178,7 @@ def test_blocks_and_steps() -> None:
             ["            cat-7 [000] ...1.    21.631280: p: (vfs_read+0x8/0x390) n=0x10"],
         ),
         ([" 0)   0.345 us    |  fput();"], [" 0) + 12.345 us   |  fput();"]),
+        (["p: (0x5618cf0f5e10) at 0x..."], ["p: (0x7fb90f5e10aa) at 0x5618cf0f5e10"]),
         (["Linux 6.12.107+deb13-cloud-amd64"], ["Linux 6.12.111+deb13-cloud-amd64"]),
     ],
 )
