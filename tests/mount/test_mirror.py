@@ -64,6 +64,7 @@ def test_processes(run: Run) -> None:
         wait
         sleep 1000 &
         until mapfile -t lines < trace; [[ "${lines[*]}" == *"sleep-$! "*slept:* ]]; do :; done
+        exec 2> /dev/null  # where bash may tell of it
         kill -TERM $!; wait $!
         """
         + _SHOW,
