@@ -41,6 +41,7 @@ def run(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Run:
             check=False,
         )
 
+    run_script("true", "off")  # boots if need be, and says so
     return run_script
 
 
