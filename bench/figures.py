@@ -1,7 +1,8 @@
 """What is measured of fakefs: each function makes one measurement on a mount (or a process) of its own.
 
 Not here: how often, what is printed (`bench.run`), the same on QEMU (`bench.qemu`), wprobes (`bench.wprobes`) and
-`fakefs run` (`bench.views`). Times are what a user of the mount waits for on a machine of his own (`bench.clock`).
+`fakefs run` (`bench.views`), tests and labs (`bench.fresh`). Times are what a user of the mount
+waits for on a machine of his own (`bench.clock`).
 """
 
 from __future__ import annotations

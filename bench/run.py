@@ -22,14 +22,14 @@ from pathlib import Path
 from statistics import median
 from types import FrameType
 
-from bench import figures, mirror, qemu, views, wprobes
+from bench import figures, fresh, mirror, qemu, views, wprobes
 from bench.clock import NotMeasured
 from bench.figures import Bench, Figure, Measurement
 from emulator.errors import EmulatorError
 from fakefs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASUREMENTS = (*figures.MEASUREMENTS, *wprobes.MEASUREMENTS, *views.MEASUREMENTS, *mirror.MEASUREMENTS)
+MEASUREMENTS = tuple(one for module in (figures, wprobes, views, mirror, fresh) for one in module.MEASUREMENTS)
 OUTPUT = ROOT / "build" / "bench.json"
 
 
