@@ -21,6 +21,8 @@ _STUB = b"/stub"
 _PERMISSIONS = 0o7777
 _INIT_UMASK = 0o022
 _ROOM = DATA_SIZE - 0x1000
+_GUESTS_OWN = ("/dev/", "/proc", "/sys")
+"""What begins with this is the guest's own, below the root directory of mirrored processes too."""
 
 
 Wish = tuple[int | bytes, ...]
@@ -111,7 +113,7 @@ class GuestPaths:
             self._remove(entry.path)
             known = None
         if known is None:
-            if entry.mode and entry.path != "/" and not entry.path.startswith("/dev/"):
+            if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN):
                 self._create(entry)
         elif known.mode != entry.mode and entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
             self._call(Sys.FCHMODAT, _AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)

@@ -12,7 +12,7 @@ from collections import deque
 from fakefs.mirror.records import Entry
 
 _LINKS_MAX = 40
-_KERNELS = frozenset(("/proc", "/sys"))
+KERNELS = frozenset(("/proc", "/sys"))
 _DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 """Those that the guest has too, and where opening does no harm."""
 
@@ -29,10 +29,13 @@ class HostPaths:
         self._guest_device = guest_device
         self._told: dict[str, Entry] = {}
 
-    def look(self, path: str, *, follow: bool) -> list[Entry]:
+    def look(self, path: str, *, follow: bool, kernels: bool = False) -> list[Entry]:
         """Return what is at the parts of an absolute path that were not told yet, and always what is at its end.
 
-        Where a directory is missing, that is the end. Raises NotMirrored, and OSError for what the kernel refuses.
+        Where a directory is missing, that is the end. `kernels`: below /proc and /sys, where both have directories of
+        their own and nothing is looked at, the end is taken for one.
+
+        Raises NotMirrored, and OSError for what the kernel refuses.
         """
         entries: list[Entry] = []
         parts, at, links = deque(path.split("/")), "", 0
@@ -44,6 +47,8 @@ class HostPaths:
                 at = at.rpartition("/")[0]
                 continue
             at = f"{at}/{name}"
+            if kernels and at in KERNELS and ".." not in parts:
+                return [*entries, Entry(os.path.normpath("/".join((at, *parts))), stat.S_IFDIR)]
             last = not any(part not in ("", ".") for part in parts)
             entry = None if last else self._told.get(at)
             if entry is None:
@@ -72,7 +77,7 @@ class HostPaths:
                 del self._told[told]
 
     def _look(self, path: str) -> Entry:
-        if path in _KERNELS or (path.startswith("/dev/") and path not in _DEVICES):
+        if path in KERNELS or (path.startswith("/dev/") and path not in _DEVICES):
             raise NotMirrored
         try:
             found = os.stat(path.lstrip("/") or ".", dir_fd=self._root, follow_symlinks=False)

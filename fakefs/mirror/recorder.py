@@ -244,6 +244,7 @@ class Recorder:
         paths: list[PathArgument] = []
         tid, directory, cwd = notification.tid, _AT_FDCWD, ""
         follow_all = not self._refuses_links(notification, call)
+        kernels = call.name in ("chdir", "fchdir")
         number = call.number
         for letter, value in zip(call.arguments, notification.arguments, strict=False):
             if letter == "i":
@@ -252,7 +253,8 @@ class Recorder:
                 directory = _signed(value)
                 arguments.append(_AT_FDCWD)
             elif letter in "PL":
-                path, relative_to = self._path(tid, directory, _text(tid, value), follow=letter == "P" and follow_all)
+                follow = letter == "P" and follow_all
+                path, relative_to = self._path(tid, directory, _text(tid, value), follow=follow, kernels=kernels)
                 cwd, directory = relative_to or cwd, _AT_FDCWD
                 paths.append(path)
                 arguments.append(None)
@@ -262,7 +264,7 @@ class Recorder:
                 paths.append(PathArgument(_text(tid, value), []))
                 arguments.append(None)
             elif letter == "F":
-                path, _ = self._path(tid, _AT_FDCWD, _descriptor(tid, _signed(value)), follow=False)
+                path, _ = self._path(tid, _AT_FDCWD, _descriptor(tid, _signed(value)), follow=False, kernels=kernels)
                 paths.append(path)
                 arguments.append(None)
             elif letter == "H":
@@ -301,7 +303,9 @@ class Recorder:
         at = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3}.get(call.name)
         return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
 
-    def _path(self, tid: int, directory: int, text: str, *, follow: bool) -> tuple[PathArgument, str]:
+    def _path(
+        self, tid: int, directory: int, text: str, *, follow: bool, kernels: bool = False
+    ) -> tuple[PathArgument, str]:
         """Return a path argument, and the working directory if it is relative to that.
 
         A path that is relative to another directory is made absolute.
@@ -318,7 +322,7 @@ class Recorder:
             whole = text = f"{_descriptor(tid, directory)}/{text}"
         if not whole.startswith("/") or cwd.endswith(" (deleted)"):
             raise NotMirrored
-        return PathArgument(text, self._paths.look(whole, follow=follow)), cwd
+        return PathArgument(text, self._paths.look(whole, follow=follow, kernels=kernels)), cwd
 
 
 _OPENAT = 257

@@ -86,6 +86,25 @@ def test_processes(run: Run) -> None:
     assert [(hit.fields["sig"], hit.fields["comm"], hit.fields["pid"]) for hit in signals] == [(15, "sleep", killed)]
 
 
+def test_working_directories(run: Run, tmp_path: Path) -> None:
+    """A program goes to the tracefs in the guest too, and comes back from there."""
+    done = run(
+        _SETUP
+        + """
+        here=$OLDPWD
+        echo 'e:goes syscalls.sys_enter_chdir path=+0($filename):ustring' > dynamic_events
+        echo 'e:went syscalls.sys_exit_chdir answer=$ret' >> dynamic_events
+        echo 1 > events/eprobes/enable
+        cd /sys/kernel/tracing/events; cd ..; cat tracing_on > /dev/null; cd "$here"; mkdir -p a/b; cd a; rmdir b
+        """
+        + _SHOW
+    )
+    seen = [hit for hit in hits(done) if hit.task == "bash"]
+    paths = [hit.fields["path"] for hit in seen if hit.event == "goes"]
+    assert paths == ["/sys/kernel/tracing/events", "/sys/kernel/tracing", str(tmp_path), f"{tmp_path}/a"]
+    assert [hit.fields["answer"] for hit in seen if hit.event == "went"] == [0, 0, 0, 0]
+
+
 def test_files_by_their_names(run: Run) -> None:
     """Probes see the host's names, types and order; the files are the host's alone."""
     done = run(

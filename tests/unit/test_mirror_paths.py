@@ -95,6 +95,17 @@ def test_what_is_not_for_the_guest(paths: HostPaths, tmp_path: Path) -> None:
     assert told(paths.look("/fifo", follow=True)) == [("/fifo", "fifo")]
 
 
+def test_to_the_kernels_directories_and_back(paths: HostPaths, tmp_path: Path) -> None:
+    """They are taken for what they are called: chdir(2) may go there."""
+    (tmp_path / "link").symlink_to("sys/kernel/./tracing")
+    tracing = ("/sys/kernel/tracing", "dir")
+    assert told(paths.look("/link", follow=True, kernels=True)) == [("/link", "link"), tracing]
+    assert told(paths.look("//sys/kernel/tracing/", follow=True, kernels=True)) == [tracing]
+    assert told(paths.look("/proc", follow=True, kernels=True)) == [("/proc", "dir")]
+    with pytest.raises(NotMirrored):
+        paths.look("/sys/kernel/../..", follow=True, kernels=True)
+
+
 def test_names_of_any_bytes(paths: HostPaths, tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff\xfe new\nline")
     (tmp_path / name).touch()
