@@ -38,6 +38,8 @@ _GROUPS_AT = DATA_SIZE - 1024
 _GROUPS_MAX = 64
 _PR_SET_NAME = 15
 _COMM_MAX = 15
+_AT_FDCWD = -100
+_LAST_PID = b"/proc/sys/kernel/ns_last_pid"
 # A signal can come just before its task sleeps: sent again after this many host seconds.
 _SIGNAL_AGAIN = 0.05
 
@@ -85,10 +87,11 @@ class HostThread:
 class Shadow:
     """A guest task for one host thread. Hold `lock` while using its data area.
 
-    `descriptors` are those its descriptor table is known to have; tasks that share a table share them.
+    `descriptors` are those its descriptor table is known to have; tasks that share a table share them. One that is
+    `privileged` (the guest's root) may choose the process id of a child.
     """
 
-    __slots__ = ("comm", "descriptors", "lock", "task", "tid")
+    __slots__ = ("comm", "descriptors", "lock", "privileged", "task", "tid")
     apart = False
     """A process with a root directory of its own; others tell when it ends."""
     root = b"/"
@@ -101,6 +104,7 @@ class Shadow:
         self.tid = tid
         self.comm = comm
         self.lock = trio.Lock()
+        self.privileged = True
         self.descriptors: dict[Handle, int] = {} if descriptors is None else descriptors
 
 
@@ -181,6 +185,7 @@ class Shadows:
             parent = self.init
         task = await self.spawn(parent, thread.tid)
         shadow = Shadow(task, thread.tid, thread.comm, self.init.descriptors)
+        shadow.privileged = thread.uid == 0
         agent, at = self.pump.agent, task.virtual
         agent.put(task, _COMM_AT, thread.comm[:_COMM_MAX] + b"\0")
         calls: list[Call] = [(Sys.PRCTL, _PR_SET_NAME, at(_COMM_AT))]
@@ -204,7 +209,10 @@ class Shadows:
             raise OSError(errno.EAGAIN, str(full)) from None
         try:
             async with parent.lock:
-                result = await self._clone(parent.task, task, pid, kind)
+                if pid and not parent.privileged:
+                    result = await self._clone_next(parent.task, task, pid, kind)
+                else:
+                    result = await self._clone(parent.task, task, pid, kind)
                 if result < 0 and pid:
                     result = await self._clone(parent.task, task, 0, kind)
         except BaseException:
@@ -231,6 +239,28 @@ class Shadows:
             slot = (task.start, SLOT_SIZE, _PROT_READ_WRITE, _MAP_SHARED_FIXED, WINDOW_FD, physical)
             calls.insert(0, (Sys.MMAP, *slot))
         return (await self.pump.call(parent, calls))[-1]
+
+    async def _clone_next(self, parent: Task, task: Task, pid: int, kind: Kind) -> int:
+        """Make a task that has `pid` because it is the next in turn: init says which was the last one."""
+        async with self.init.lock:
+            before = await self._last_pid()
+            await self._last_pid(b"%d" % (pid - 1))
+            try:
+                return await self._clone(parent, task, 0, kind)
+            finally:
+                await self._last_pid(before)
+
+    async def _last_pid(self, new: bytes | None = None) -> bytes:
+        """Have init read or write what Linux counts process ids on from."""
+        agent, init, at = self.pump.agent, self.init.task, self.init.task.virtual
+        agent.put(init, 0, _LAST_PID + b"\0")
+        [fd] = await self.pump.call(init, [(Sys.OPENAT, _AT_FDCWD, at(0), os.O_RDWR)])
+        if fd < 0:
+            return b""  # a kernel without: the child gets some number
+        agent.put(init, 0, new or bytes(16))
+        transfer = (Sys.WRITE, fd, at(0), len(new)) if new else (Sys.READ, fd, at(0), 16)
+        [size, _] = await self.pump.call(init, [transfer, (Sys.CLOSE, fd)])
+        return agent.get(init, 0, max(min(size, 16), 0)).strip()
 
     async def rename(self, shadow: Shadow, comm: bytes) -> None:
         """Give a shadow another comm."""

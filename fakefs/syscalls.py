@@ -29,6 +29,7 @@ class Sys(IntEnum):
     CHDIR = 80
     UMASK = 95
     SYSINFO = 99
+    GETEUID = 107
     SETSID = 112
     SETGROUPS = 116
     SETRESUID = 117

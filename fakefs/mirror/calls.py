@@ -27,7 +27,8 @@ class Call(NamedTuple):
 
     P path, followed if it is a symbolic link; L path, not followed; D descriptor of the directory that the path
     behind it is relative to; F descriptor of an open file; T text; H address of a struct open_how; i number;
-    O descriptor that the guest has a file of its own for; B address of data to write; b of room for an answer.
+    O descriptor that the guest has a file of its own for; B address of data to write; b of room for an answer;
+    U user, G group, A address of an array of groups.
 
     A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified; all of
     them are from the level `whole` on.
@@ -59,6 +60,15 @@ TABLE = (
     Call(95, "umask", _P, "i"),
     Call(109, "setpgid", _P, "ii"),
     Call(112, "setsid", _P),
+    Call(105, "setuid", _P, "U"),
+    Call(106, "setgid", _P, "G"),
+    Call(113, "setreuid", _P, "UU"),
+    Call(114, "setregid", _P, "GG"),
+    Call(116, "setgroups", _P, "GA"),
+    Call(117, "setresuid", _P, "UUU"),
+    Call(119, "setresgid", _P, "GGG"),
+    Call(122, "setfsuid", _P, "U"),
+    Call(123, "setfsgid", _P, "G"),
     Call(35, "nanosleep", _P),
     Call(230, "clock_nanosleep", _P),
     Call(62, "kill", _P),

@@ -18,7 +18,20 @@ from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.processes import Mirrored, Processes
-from fakefs.mirror.records import PACKET_MAX, Birth, Exit, Files, Name, Plain, Program, Record, Sleep, Transfer, decode
+from fakefs.mirror.records import (
+    PACKET_MAX,
+    Birth,
+    Credentials,
+    Exit,
+    Files,
+    Name,
+    Plain,
+    Program,
+    Record,
+    Sleep,
+    Transfer,
+    decode,
+)
 from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
 from fakefs.syscalls import Sys
@@ -117,6 +130,8 @@ class Mirror:
                 await processes.exit(record)
             case Sleep():
                 await processes.sleep(record)
+            case Credentials():
+                await processes.change(record)
             case Name(tid, comm):
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)

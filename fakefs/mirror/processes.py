@@ -21,8 +21,9 @@ from typing import NamedTuple
 import trio
 
 from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Request, Task, strings
+from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
-from fakefs.mirror.records import Birth, Exit, Program, Sleep
+from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -138,6 +139,7 @@ class Processes:
         shares = kind is Kind.THREAD
         shadow = Mirrored(task, birth, parent.descriptors if shares else dict(parent.descriptors))
         shadow.cwd = parent.cwd
+        shadow.privileged = parent.privileged
         shadow.files = parent.files if shares else dict(parent.files)
         return shadow
 
@@ -198,6 +200,23 @@ class Processes:
         if result < 0:
             await self._shadows.rename(shadow, comm)
         shadow.comm = comm
+
+    # ---- credentials
+
+    async def change(self, record: Credentials) -> None:
+        """setuid(2) and its relatives; one that the host refuses is made so that the guest refuses it too."""
+        shadow = self.find(record.tid)
+        if shadow is None:
+            return
+        await self.settle(shadow)
+        async with shadow.lock:
+            ids = record.ids if record.capable or not shadow.privileged else None
+            words = [NO_ID] * 3 if ids is None else ids
+            if record.number == Sys.SETGROUPS and ids is not None:
+                self._agent.put(shadow.task, 0, struct.pack(f"<{len(ids)}I", *ids))
+                words = [len(ids), shadow.task.virtual(0)]
+            [_, user] = await self._pump.call(shadow.task, [(record.number, *words), (Sys.GETEUID,)])
+        shadow.privileged = user == 0
 
     # ---- the end
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from fakefs.mirror import credentials
 from fakefs.mirror.calls import BY_NUMBER, Call
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
@@ -147,6 +148,8 @@ class Recorder:
         special = self._special.get(call.name)
         if call.arguments.startswith("O"):
             yield self._transfer(notification, call)
+        elif call.arguments.startswith(("U", "G")):
+            yield credentials.requested(notification, call)
         elif special is not None:
             yield from special(notification, call)
         else:

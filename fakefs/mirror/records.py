@@ -84,6 +84,18 @@ class Plain(NamedTuple):
     arguments: list[int]
 
 
+class Credentials(NamedTuple):
+    """A call of setuid(2)'s family. `ids` are its arguments, or the groups it sets; None if there are no such.
+
+    `capable`: the host does not refuse it for want of a capability.
+    """
+
+    tid: int
+    number: int
+    ids: list[int] | None
+    capable: bool
+
+
 class Files(NamedTuple):
     """A call with paths in it. `arguments` has None where the next of `paths` belongs.
 
@@ -114,7 +126,7 @@ class Transfer(NamedTuple):
     data: str
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Files | Transfer
+Record = Birth | Program | Exit | Name | Sleep | Plain | Credentials | Files | Transfer
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in get_args(Record)}
 
 
