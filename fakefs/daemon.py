@@ -25,7 +25,7 @@ from fakefs.prepare import noted
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
 from fakefs.static import TRACEFS, StaticPaths
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 from fakefs.wprobe.carrier import CarrierFacts, Carriers
 from fakefs.wprobe.files import WprobeFiles
 from fakefs.wprobe.off_limits import OffLimits
@@ -163,7 +163,7 @@ async def seed_random(shadows: Shadows, seed: bytes) -> None:
     async with init.lock:
         agent, at, call = shadows.pump.agent, init.task.virtual, shadows.pump.call
         agent.put(init.task, 0, b"/dev/urandom\0")
-        [fd] = await call(init.task, [(Sys.OPENAT, -100, at(0), os.O_WRONLY, 0)])
+        [fd] = await call(init.task, [(Sys.OPENAT, AT_FDCWD, at(0), os.O_WRONLY, 0)])
         agent.put(init.task, 0, struct.pack("<ii", 8 * len(seed), len(seed)) + seed)
         await call(init.task, [(Sys.IOCTL, fd, _RNDADDENTROPY, at(0)), (Sys.CLOSE, fd)])
 

@@ -11,10 +11,9 @@ import os
 from emulator.agent import DATA_SIZE
 from emulator.errors import EmulatorError
 from emulator.guest import Guest
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 
 TRACEFS = b"/sys/kernel/tracing"
-_AT_FDCWD = -100
 _PATH_ROOM = 256
 
 
@@ -26,7 +25,7 @@ def static_events(guest: Guest) -> list[str]:
     agent, at = guest.agent, guest.agent.init.virtual
     path = TRACEFS + b"/available_events\0"
     agent.put(agent.init, 0, path)
-    [fd] = guest.call((Sys.OPENAT, _AT_FDCWD, at(0), os.O_RDONLY, 0))
+    [fd] = guest.call((Sys.OPENAT, AT_FDCWD, at(0), os.O_RDONLY, 0))
     if fd < 0:
         raise EmulatorError(f"this kernel has no tracefs ({os.strerror(-fd)}): use one built with CONFIG_FTRACE")
     text = b""

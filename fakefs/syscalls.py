@@ -1,8 +1,14 @@
-"""Numbers of the x86-64 system calls the guest is asked for (arch/x86/entry/syscalls/syscall_64.tbl)."""
+"""The x86-64 system calls the guest is asked for: numbers (arch/x86/entry/syscalls/syscall_64.tbl) and results."""
 
 from __future__ import annotations
 
+import os
 from enum import IntEnum
+
+# <linux/fcntl.h>
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_REMOVEDIR = 0x200
 
 
 class Sys(IntEnum):
@@ -61,3 +67,10 @@ class Sys(IntEnum):
     PIDFD_OPEN = 434
     CLOSE_RANGE = 436
     PIDFD_GETFD = 438
+
+
+def check(result: int) -> int:
+    """Return what a system call returned. Raises the OSError that it stands for."""
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result

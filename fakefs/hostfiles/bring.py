@@ -20,9 +20,8 @@ from fakefs.files import Caller
 from fakefs.hostfiles.definitions import named_files
 from fakefs.hostfiles.look import Found, Identity, Step, directory_of, find
 from fakefs.shadow import Shadow, Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys, check
 
-_AT_FDCWD = -100
 _PATH_MAX = 4096
 _PATH, _PATH_2, _RESULT = 0, _PATH_MAX, 2 * _PATH_MAX
 # In one write(2): whole pages, and the end of the slot is shadow.py's.
@@ -129,15 +128,15 @@ class HostFiles:
             if self._links.get(step.path) != step.target:
                 await self._link(step.target, step.path)
         elif stat.S_ISDIR(step.mode):
-            await self._call(lambda at, _: (Sys.MKDIRAT, _AT_FDCWD, at, 0o755), step.path)
+            await self._call(lambda at, _: (Sys.MKDIRAT, AT_FDCWD, at, 0o755), step.path)
         elif not stat.S_ISREG(step.mode):
             kind = stat.S_IFMT(step.mode)
-            await self._call(lambda at, _: (Sys.MKNODAT, _AT_FDCWD, at, kind | 0o600, 0), step.path)
+            await self._call(lambda at, _: (Sys.MKNODAT, AT_FDCWD, at, kind | 0o600, 0), step.path)
 
     async def _link(self, target: bytes, path: bytes) -> None:
         if self._links.pop(path, None) is not None:
-            await self._call(lambda at, _: (Sys.UNLINKAT, _AT_FDCWD, at, 0), path)
-        result = await self._call(lambda at, to: (Sys.SYMLINKAT, to, _AT_FDCWD, at), path, target)
+            await self._call(lambda at, _: (Sys.UNLINKAT, AT_FDCWD, at, 0), path)
+        result = await self._call(lambda at, to: (Sys.SYMLINKAT, to, AT_FDCWD, at), path, target)
         if result == 0:
             self._links[path] = target
 
@@ -159,9 +158,9 @@ class HostFiles:
         coming = os.path.join(os.path.dirname(path), _COMING)
         try:
             await self._write(coming, data, stat.S_IMODE(mode))
-            _check(await self._call(lambda at, to: (Sys.RENAMEAT2, _AT_FDCWD, at, _AT_FDCWD, to, 0), coming, path))
+            check(await self._call(lambda at, to: (Sys.RENAMEAT2, AT_FDCWD, at, AT_FDCWD, to, 0), coming, path))
         except OSError as error:
-            await self._call(lambda at, _: (Sys.UNLINKAT, _AT_FDCWD, at, 0), coming)
+            await self._call(lambda at, _: (Sys.UNLINKAT, AT_FDCWD, at, 0), coming)
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EPERM, errno.EACCES):
                 return  # no place for files, such as the guest's /proc: it has none there
             raise
@@ -171,7 +170,7 @@ class HostFiles:
 
     async def _write(self, path: bytes, data: bytes, mode: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = _check(await self._call(lambda at, _: (Sys.OPENAT, _AT_FDCWD, at, flags, 0o600), path))
+        fd = check(await self._call(lambda at, _: (Sys.OPENAT, AT_FDCWD, at, flags, 0o600), path))
         init = self._shadows.init
         try:
             written = 0
@@ -180,24 +179,24 @@ class HostFiles:
                 async with init.lock:
                     self._agent.put(init.task, 0, piece)
                     [result] = await self._pump.call(init.task, [(Sys.WRITE, fd, init.task.virtual(0), len(piece))])
-                if _check(result) == 0:
+                if check(result) == 0:
                     raise OSError(errno.EIO, os.strerror(errno.EIO))  # not from a kernel that is well
                 written += result
-            _check(await self._call(lambda at, _: (Sys.FCHMODAT, _AT_FDCWD, at, mode), path))
+            check(await self._call(lambda at, _: (Sys.FCHMODAT, AT_FDCWD, at, mode), path))
         finally:
             await self._call(lambda _at, _: (Sys.CLOSE, fd))
 
     async def _check_room(self, size: int) -> None:
         """Raise EFBIG for what would take more than half of the memory that the guest has left, as it says itself."""
         result, data = await self._ask(lambda at, _: (Sys.SYSINFO, at + _RESULT), size=_SYSINFO.size)
-        _check(result)
+        check(result)
         free, unit = _SYSINFO.unpack(data)
         if size > min(free * unit, self._pump.machine.ram_size) // 2:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     async def _remove(self, path: bytes) -> None:
         """Remove the copy of a file that the host has no more."""
-        await self._call(lambda at, _: (Sys.UNLINKAT, _AT_FDCWD, at, 0), path)
+        await self._call(lambda at, _: (Sys.UNLINKAT, AT_FDCWD, at, 0), path)
         self._copies.pop(path, None)
 
     # ---- calls
@@ -205,7 +204,7 @@ class HostFiles:
     async def _file_at(self, path: bytes) -> _File | None:
         """Return what a path leads to in the guest, if anything."""
         result, data = await self._ask(
-            lambda at, _: (Sys.STATX, _AT_FDCWD, at, 0, _STATX_INO, at + _RESULT), path, size=_STATX.size
+            lambda at, _: (Sys.STATX, AT_FDCWD, at, 0, _STATX_INO, at + _RESULT), path, size=_STATX.size
         )
         return None if result < 0 else _STATX.unpack(data)
 
@@ -226,9 +225,3 @@ class HostFiles:
             at = init.task.virtual
             [result] = await self._pump.call(init.task, [make(at(_PATH), at(_PATH_2))])
             return result, self._agent.get(init.task, _RESULT, size)
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    return result

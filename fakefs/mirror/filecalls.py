@@ -13,10 +13,8 @@ from fakefs.mirror.guestpaths import GuestPaths, Wish, place
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.records import Entry, Files
 from fakefs.shadow import Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 
-_AT_FDCWD = -100
-_AT_REMOVEDIR = 0x200
 _RENAME_EXCHANGE = 2
 ANSWER, ANSWER_SIZE = 0x4000, 0x4000
 """Room in a data area for what a call answers, offset and size in bytes."""
@@ -79,7 +77,7 @@ class FileCalls:
             return [*before, (record.number, *words), (Sys.CLOSE, fd)], len(before)
         if BY_NUMBER[record.number].arguments.startswith("F"):
             access = os.O_RDWR if record.number == Sys.FTRUNCATE else os.O_RDONLY
-            opening = (Sys.OPENAT, _AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)
+            opening = (Sys.OPENAT, AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)
             return [*before, opening, (record.number, fd, *words[1:]), (Sys.CLOSE, fd)], len(before) + 1
         return [*before, (record.number, *words)], len(before)
 

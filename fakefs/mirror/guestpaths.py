@@ -13,10 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from emulator.agent import DATA_SIZE, OTHER_ROOT, SLOT_MAX_CALLS, Agent, Call, Task
 from fakefs.mirror.records import Entry
 from fakefs.shadow import Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_NOFOLLOW, Sys
 
-_AT_FDCWD = -100
-_AT_REMOVEDIR = 0x200
 _STUB = b"/stub"
 _PERMISSIONS = 0o7777
 _INIT_UMASK = 0o022
@@ -99,7 +97,7 @@ class GuestPaths:
             self._equal(each)
         if entry.path not in self._stubs:
             self._remove(entry.path)
-            self._call(Sys.LINKAT, _AT_FDCWD, _STUB, _AT_FDCWD, _inside(entry.path), 0)
+            self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0)
             self._stubs.add(entry.path)
             self.known[entry.path] = entry
         await self._flush()
@@ -116,23 +114,23 @@ class GuestPaths:
             if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN):
                 self._create(entry)
         elif known.mode != entry.mode and entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
-            self._call(Sys.FCHMODAT, _AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
+            self._call(Sys.FCHMODAT, AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
             self.known[entry.path] = known._replace(mode=entry.mode)
 
     def _create(self, entry: Entry) -> None:
         mode, permissions = entry.mode, entry.mode & _PERMISSIONS
         path = _inside(entry.path)
         if stat.S_ISLNK(mode):
-            self._call(Sys.SYMLINKAT, os.fsencode(entry.target), _AT_FDCWD, path)
+            self._call(Sys.SYMLINKAT, os.fsencode(entry.target), AT_FDCWD, path)
         else:
             if stat.S_ISDIR(mode):
-                self._call(Sys.MKDIRAT, _AT_FDCWD, path, permissions)
+                self._call(Sys.MKDIRAT, AT_FDCWD, path, permissions)
             else:
-                self._call(Sys.MKNODAT, _AT_FDCWD, path, mode, 0)
+                self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0)
             if permissions & (_INIT_UMASK | 0o7000):
-                self._call(Sys.FCHMODAT, _AT_FDCWD, path, permissions)
+                self._call(Sys.FCHMODAT, AT_FDCWD, path, permissions)
         if entry.uid or entry.gid:
-            self._call(Sys.FCHOWNAT, _AT_FDCWD, path, entry.uid, entry.gid, 0x100)
+            self._call(Sys.FCHOWNAT, AT_FDCWD, path, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW)
         self.known[entry.path] = entry
 
     def _remove(self, path: str) -> None:
@@ -140,8 +138,8 @@ class GuestPaths:
         for each in sorted(self._below(path), reverse=True):
             entry = self.known.pop(each)
             self._stubs.discard(each)
-            flags = _AT_REMOVEDIR if stat.S_ISDIR(entry.mode) else 0
-            self._call(Sys.UNLINKAT, _AT_FDCWD, _inside(each), flags)
+            flags = AT_REMOVEDIR if stat.S_ISDIR(entry.mode) else 0
+            self._call(Sys.UNLINKAT, AT_FDCWD, _inside(each), flags)
 
     def _below(self, path: str) -> list[str]:
         entry = self.known.get(path)

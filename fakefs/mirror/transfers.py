@@ -15,9 +15,8 @@ from fakefs.mirror.guestpaths import GuestPaths, place
 from fakefs.mirror.processes import Mirrored, OpenFile, Processes
 from fakefs.mirror.records import Transfer
 from fakefs.shadow import Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 
-_AT_FDCWD = -100
 _MOVES = frozenset(NUMBER[name] for name in ("read", "write", "getdents64"))
 
 
@@ -54,7 +53,7 @@ class Transfers:
         shadow.files.pop(record.fd, None)
         # /dev of mirrored processes is the guest's. A directory is not opened for writing, a file is for both.
         for flags in (os.O_RDWR, os.O_RDONLY):
-            wish = (Sys.OPENAT, _AT_FDCWD, os.fsencode(path or "/dev/null"), flags | os.O_NONBLOCK | os.O_NOCTTY, 0)
+            wish = (Sys.OPENAT, AT_FDCWD, os.fsencode(path or "/dev/null"), flags | os.O_NONBLOCK | os.O_NOCTTY, 0)
             [*_, fd] = await self._pump.call(shadow.task, [*calls, *place(self._pump.agent, shadow.task, [wish])])
             calls = []
             if fd >= 0:

@@ -18,14 +18,13 @@ from emulator.agent import Call
 from fakefs.errors import UserError
 from fakefs.pump import Pump
 from fakefs.shadow import Shadow, Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 
 IMAGE_MAX = 64 << 20
 """The longest module file that is taken, in bytes."""
 
 _PR_SET_NAME = 15
 _MFD_CLOEXEC = 1
-_AT_FDCWD = -100
 _NAME_AT = 0
 _TEXT_AT = 0x100
 _TEXT_MAX = 0x1000
@@ -108,7 +107,7 @@ class Modules:
 
     async def _open(self, shadow: Shadow, path: bytes, flags: int) -> int:
         self._agent.put(shadow.task, _TEXT_AT, path + b"\0")
-        call = (Sys.OPENAT, _AT_FDCWD, shadow.task.virtual(_TEXT_AT), flags | os.O_CLOEXEC, 0)
+        call = (Sys.OPENAT, AT_FDCWD, shadow.task.virtual(_TEXT_AT), flags | os.O_CLOEXEC, 0)
         return await self._checked(shadow, call)
 
     async def _checked(self, shadow: Shadow, call: Call) -> int:
