@@ -16,7 +16,8 @@ import pytest
 
 from fakefs import kernels, mountpoint
 from tests.doc_pages import not_run
-from tests.mounted import FAKEFS, PATIENCE, Mounted, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, running, until
+from tests.uprobes import Program
 
 MakeMount = Callable[..., Mounted]
 _RUNTIME = "XDG_RUNTIME_DIR"
@@ -108,6 +109,24 @@ def mount(new_mount: MakeMount) -> Iterator[Mounted]:
 def shared_mount(new_mount: MakeMount) -> Mounted:
     """One mount for tests that leave it as they found it (`tests.mounted.Resetter`)."""
     return new_mount()
+
+
+@pytest.fixture(scope="session")
+def _resetter(shared_mount: Mounted) -> Resetter:
+    return Resetter(shared_mount)
+
+
+@pytest.fixture
+def m(shared_mount: Mounted, _resetter: Resetter) -> Iterator[Mounted]:
+    """The shared mount, as new afterwards but for what is in the guest's other files."""
+    yield shared_mount
+    _resetter.reset("trigger sched_switch sched_process_fork")
+
+
+@pytest.fixture(scope="session")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """A program with the C library in a file of its own."""
+    return Program(tmp_path_factory.mktemp("dynamic") / "measure")
 
 
 # ---- fakefs run
