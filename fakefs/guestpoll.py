@@ -47,12 +47,13 @@ class Polling:
             ready = await self._poll(shadow, events, 0) | self._urgent & events
             self._urgent &= ~events
         if not ready and notify is not None:
-            if self._watch is None:
-                self._watch = _Watch(events, notify)
-                self._nursery.start_soon(self._sleep, self._watch)
+            before = self._watch
+            if before is not None and events & ~before.events == 0:
+                before.notify = notify
             else:
-                self._watch.notify = notify
-                self._watch.events |= events
+                watch = self._watch = _Watch(events | (before.events if before else 0), notify)
+                self._nursery.start_soon(self._sleep, watch)
+                await self._end(before)
         return ready
 
     async def close(self) -> None:

@@ -126,6 +126,27 @@ def test_polling_sees_an_event_arrive(m: Mounted, name: str, how: str) -> None:
         os.close(fd)
 
 
+def test_polling_for_something_else_than_before(m: Mounted) -> None:
+    """The guest still waits for what the first poll was about when the second comes."""
+    m.write("buffer_percent", "0")
+    fd = os.open(m.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        poller = select.poll()
+        poller.register(fd, select.POLLPRI)
+        assert poller.poll(1) == []
+        with m.popen(["bash", "-c", "read; echo arrived > trace_marker"], stdin=subprocess.PIPE) as writer:
+            poller.modify(fd, select.POLLIN)
+            assert poller.poll(1) == []
+            assert writer.stdin is not None
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
+            begun = time.monotonic()
+            assert poller.poll(PATIENCE * 1000) == [(fd, select.POLLIN)]
+            assert time.monotonic() - begun < PATIENCE, "when it gives up, poll(2) looks once more"
+    finally:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("size", [4096, 65536])
 def test_splicing_raw_pages_loses_nothing(m: Mounted, size: int) -> None:
     """Of many more records than the buffer holds, read while they are written; a page at a time, or several."""
