@@ -128,6 +128,8 @@ class Control:
                 request = await connection.request()
                 if request is None:
                     return
+                if self._shadows.watching is not None:
+                    await self._shadows.watching.catch_up(0)
                 await self._do(request, connection)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client is gone

@@ -116,6 +116,16 @@ class Pump:
         if not request.done:
             self._check_alive()
 
+    async def rest(self, request: Request) -> None:
+        """Return when a request is done, or the guest has done all that it can for now: it is blocked then."""
+        while not request.done and self.dead is None:
+            if self.agent.held is not None:
+                self._idle = False  # let that task go to sleep: others may have something to do
+            elif self._idle and not self.agent.busy:
+                return
+            self._wake()
+            await trio.lowlevel.checkpoint()
+
     def _check_alive(self) -> None:
         if self.dead is not None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -40,6 +40,7 @@ class Sys(IntEnum):
     SETGROUPS = 116
     SETRESUID = 117
     SETRESGID = 119
+    RT_SIGPENDING = 127
     PRCTL = 157
     CHROOT = 161
     MOUNT = 165

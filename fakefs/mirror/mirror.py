@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import trio
 
-from fakefs.mirror.calls import NUMBER
+from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.processes import Mirrored, Processes
@@ -28,13 +28,13 @@ from fakefs.mirror.records import (
     Plain,
     Program,
     Record,
+    Signal,
     Sleep,
     Transfer,
     decode,
 )
 from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
-from fakefs.syscalls import Sys
 
 _PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine
 _QUEUE_MAX = 64  # records; those behind wait in the socket, and the recorder behind that
@@ -44,7 +44,7 @@ class _Died(NamedTuple):
     """A process was killed: it did not tell of its end by a call."""
 
     shadow: Mirrored
-    status: int
+    status: int | None
 
 
 class Mirror:
@@ -56,6 +56,7 @@ class Mirror:
         paths = GuestPaths(shadows)
         self._shadows = shadows
         self._processes = Processes(shadows, paths, nursery, self._note_death)
+        self._delivery = Delivery(shadows, self._processes)
         self._files = FileCalls(shadows, self._processes, paths)
         self._transfers = Transfers(shadows, self._processes, paths)
         self._queue: deque[Record | _Died] = deque()
@@ -90,7 +91,7 @@ class Mirror:
         self._taken += 1
         self._arrived.set()
 
-    def _note_death(self, shadow: Mirrored, status: int) -> None:
+    def _note_death(self, shadow: Mirrored, status: int | None) -> None:
         self._drain()  # what it did before comes before
         self._put(_Died(shadow, status))
 
@@ -106,6 +107,7 @@ class Mirror:
                     await self._do(record)
                 if patience.cancelled_caught:
                     await self._give_up(record)
+                await self._processes.blocking.stop_again()
             except (OSError, ValueError):  # the guest is dead, or the call's strings too long
                 pass
             except Exception as error:  # a fault of ours must not take the mount away
@@ -138,12 +140,12 @@ class Mirror:
                     await self._shadows.rename(shadow, comm.encode("utf-8", "surrogateescape"))
             case Plain(tid, number, arguments):
                 if (shadow := processes.find(tid)) is not None:
-                    if number == NUMBER["setsid"]:
-                        await processes.call(shadow, (Sys.SETSID,))
-                    else:
-                        await processes.signal(shadow, number, arguments)
+                    await processes.settle(shadow)
+                    await processes.call(shadow, (number, *arguments))
+            case Signal():
+                await self._delivery.send(record)
             case _Died(shadow, status):
-                await processes.kill(shadow, status)
+                await self._delivery.end(shadow, status)
 
     async def _give_up(self, record: Record | _Died) -> None:
         shadow = record.shadow if isinstance(record, _Died) else self._processes.find(record.tid)

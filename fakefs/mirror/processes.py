@@ -1,4 +1,4 @@
-"""Processes and threads of the guest that stand for the host's: birth, exec, exit, names, signals, sleeps.
+"""Processes and threads of the guest that stand for the host's: birth, exec, exit, credentials.
 
 A shadow does nothing by itself: it makes the calls it is given, and all signals but one of ours are blocked, so that it
 lives as long as its thread on the host.
@@ -7,34 +7,33 @@ lives as long as its thread on the host.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import signal
 import struct
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
 import trio
 
-from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Request, Task, strings
+from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Task, strings
+from fakefs.mirror.blocking import Blocked, Blocking
 from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import Sys
 
-_OVERSLEEP = 0.1  # host seconds a guest's sleep may be behind the host's
 _SIG_SETMASK = 2
-_KEPT = 1 << (signal.SIGINT - 1)
+KEPT = 1 << (signal.SIGINT - 1)
 """The one signal that is not blocked: it interrupts a shadow, and has a handler."""
 _WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
-_SIGACTION_SIZE = 32
 _COMM_MAX = 15
-_CORE_DUMPED = 0x80
+# <linux/pidfd.h>: struct pidfd_info, of which what is asked for, and the status
+_PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO = 0xC040FF0B, 1 << 3, struct.Struct("<Q52xi")
 
 
 class OpenFile(NamedTuple):
@@ -48,10 +47,11 @@ class OpenFile(NamedTuple):
 class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest.
 
-    `files` are the open files that it was seen to use, by their descriptors on the host.
+    `files` are the open files that it was seen to use, by their descriptors on the host. `doomed` is the last signal
+    that will have ended it, if nothing else is known of its end.
     """
 
-    __slots__ = ("cwd", "ended", "files", "sleep", "tgid", "umask", "until")
+    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "tgid", "umask")
     apart = True
     root = OTHER_ROOT
 
@@ -62,8 +62,8 @@ class Mirrored(Shadow):
         self.files: dict[int, OpenFile] = {}
         self.cwd = "/"
         self.ended = False  # its process has, on the host
-        self.sleep: Request | None = None
-        self.until = 0.0  # host's monotonic time at which the sleep should be over
+        self.blocked: Blocked | None = None
+        self.doomed = int(signal.SIGKILL)
 
     @property
     def next_descriptor(self) -> int:
@@ -73,10 +73,13 @@ class Mirrored(Shadow):
 
 
 class Processes:
-    """All mirrored processes. `died` is called when one was killed on the host, with its status as wait(2) has it."""
+    """All mirrored processes.
+
+    `died` is called when one was killed on the host, with its status as wait(2) has it, or None.
+    """
 
     def __init__(
-        self, shadows: Shadows, paths: GuestPaths, nursery: trio.Nursery, died: Callable[[Mirrored, int], None]
+        self, shadows: Shadows, paths: GuestPaths, nursery: trio.Nursery, died: Callable[[Mirrored, int | None], None]
     ) -> None:
         self._shadows = shadows
         self._pump = shadows.pump
@@ -85,6 +88,7 @@ class Processes:
         self._nursery = nursery
         self._died = died
         self._bearing = trio.Lock()
+        self.blocking = Blocking(shadows)
         self._ends = select.poll()
         self._followed: dict[int, Mirrored] = {}  # by pidfd
         self._full = False
@@ -114,10 +118,8 @@ class Processes:
             parent, kind = self.find(birth.parent), Kind.PROCESS if birth.tid == birth.tgid else Kind.THREAD
             if parent is None and kind is Kind.THREAD:
                 return None
-            if parent is not None:
-                await self.settle(parent)
             try:
-                task = await self._shadows.spawn(parent or self._shadows.init, birth.tid, kind)
+                task = await self._spawn(parent, birth.tid, kind)
             except OSError as error:
                 if error.errno == errno.EIO:
                     raise
@@ -133,6 +135,12 @@ class Processes:
                 self._nursery.start_soon(self._follow, shadow)
             return shadow
 
+    async def _spawn(self, parent: Mirrored | None, tid: int, kind: Kind) -> Task:
+        if parent is None:
+            return await self._shadows.spawn(self._shadows.init, tid, kind)
+        async with self.blocking.aside(parent):  # another thread's child, or one that is seen late
+            return await self._shadows.spawn(parent, tid, kind)
+
     def _of(self, task: Task, birth: Birth, parent: Mirrored | None, kind: Kind) -> Mirrored:
         if parent is None:
             return Mirrored(task, birth, {})
@@ -147,7 +155,7 @@ class Processes:
         """The first one, a child of init: a session, root directory, signals and (no) descriptors of its own."""
         at = shadow.task.virtual
         async with shadow.lock:
-            self._agent.put(shadow.task, 0, struct.pack("<Q", ~_KEPT & (1 << 64) - 1))
+            self._agent.put(shadow.task, 0, struct.pack("<Q", ~KEPT & (1 << 64) - 1))
             self._agent.put(shadow.task, 64, OTHER_ROOT + b"\0/\0" + shadow.comm[:_COMM_MAX] + b"\0")
             await self._pump.call(
                 shadow.task,
@@ -226,50 +234,29 @@ class Processes:
         if shadow is None:
             return
         await self.settle(shadow)
-        await self._forget(shadow, whole=record.group)
+        await self.forget(shadow, whole=record.group)
         await self.call(shadow, (Sys.EXIT_GROUP if record.group else Sys.EXIT, record.status))
-
-    async def kill(self, shadow: Mirrored, status: int) -> None:
-        """A process was killed on the host: end its shadow by the same signal."""
-        if shadow.task.dead or self.find(shadow.tid) is not shadow:
-            return
-        await self._interrupt(shadow)
-        await self._forget(shadow, whole=True)
-        number = status & ~_CORE_DUMPED & 0x7F
-        if number == 0:
-            await self.call(shadow, (Sys.EXIT_GROUP, status >> 8 & 0xFF))
-        elif number == signal.SIGKILL:
-            await self._shadows.kill(shadow, number)
-        else:
-            at = shadow.task.virtual
-            async with shadow.lock:
-                self._agent.put(shadow.task, 0, bytes(_SIGACTION_SIZE + 8))  # SIG_DFL, and no signal blocked
-                calls = [
-                    (Sys.RT_SIGACTION, number, at(0), 0, 8),
-                    (Sys.TKILL, shadow.task.pid, number),
-                    (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(_SIGACTION_SIZE), 0, 8),
-                    (Sys.EXIT_GROUP, 128 + number),
-                ]
-                await self._pump.call(shadow.task, calls)
 
     async def give_up(self, shadow: Mirrored) -> None:
         """End a shadow that does not answer."""
-        await self._forget(shadow, whole=True)
+        await self.forget(shadow, whole=True)
         await self._shadows.kill(shadow, signal.SIGKILL)
 
-    async def _forget(self, shadow: Mirrored, *, whole: bool) -> None:
+    async def forget(self, shadow: Mirrored, *, whole: bool) -> None:
         """Nothing more is asked of a shadow, or (`whole`) its process; files that only it has open go over to init."""
         if whole and shadow.descriptors:
             await self._shadows.inherit(shadow)
         for thread in self.group(shadow.tgid) if whole else [shadow]:
             self._shadows.remove(thread)
+        if whole:
+            self.blocking.continued(shadow.tgid)
 
     async def _follow(self, shadow: Mirrored) -> None:
         """Wait for the end of a process; most have told of it before."""
         try:
             fd = os.pidfd_open(shadow.tid)
         except ProcessLookupError:
-            self._died(shadow, signal.SIGKILL)
+            self._died(shadow, None)
             return
         except OSError:
             return  # no descriptors left: it is followed only if it tells of its end
@@ -289,23 +276,13 @@ class Processes:
             shadow = self._followed[fd]
             if not shadow.ended and not shadow.task.dead:
                 shadow.ended = True
-                self._died(shadow, read_exit_status(shadow.tid))
+                self._died(shadow, read_exit_status(fd, shadow.tid))
 
-    # ---- signals
+    # ---- calls that block
 
-    async def signal(self, shadow: Mirrored, number: int, arguments: Sequence[int]) -> None:
-        """kill(2), tkill(2) or tgkill(2), as far as they reach mirrored processes."""
-        await self.settle(shadow)
-        *_, target, which = arguments[: 3 if number == Sys.TGKILL else 2]
-        if which == signal.SIGSTOP or target == -1:
-            return
-        if target > 0 and self.find(target) is None:
-            return
-        if target <= 0 and which == signal.SIGKILL:
-            return  # each that it ends tells by its end
-        await self.call(shadow, (number, *arguments))
-
-    # ---- sleeps
+    async def settle(self, shadow: Mirrored) -> None:
+        """Return when a shadow can make calls: on the host, its thread has just done so."""
+        await self.blocking.settle(shadow)
 
     async def sleep(self, record: Sleep) -> None:
         """nanosleep(2) or clock_nanosleep(2): begin it."""
@@ -314,38 +291,22 @@ class Processes:
             return
         await self.settle(shadow)
         async with shadow.lock:
-            self._agent.put(shadow.task, 0, struct.pack("<qq", *divmod(record.duration, 10**9)))
-            at = shadow.task.virtual(0)
-            call = (Sys.NANOSLEEP, at, 0) if record.clock is None else (Sys.CLOCK_NANOSLEEP, record.clock, 0, at, 0)
-            shadow.sleep = self._pump.begin(shadow.task, [call])
-            shadow.until = time.monotonic() + record.duration / 1e9
-
-    async def settle(self, shadow: Mirrored) -> None:
-        """Return when a shadow's sleep is over, which its thread's is."""
-        if shadow.sleep is None:
-            return
-        late = shadow.until - time.monotonic() + _OVERSLEEP
-        if late < 2 * _OVERSLEEP and not shadow.sleep.done:  # else it was interrupted
-            with trio.move_on_after(float("inf") if self._pump.deterministic else max(late, 0)):
-                await self._pump.finish(shadow.sleep)
-        await self._interrupt(shadow)
-
-    async def _interrupt(self, shadow: Mirrored) -> None:
-        request, shadow.sleep = shadow.sleep, None
-        if request is None or request.done:
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._shadows.keep_interrupting, shadow)
-            with suppress(OSError):  # the guest is dead
-                await self._pump.finish(request)
-            nursery.cancel_scope.cancel()
+            self.blocking.sleep(shadow, record.clock, record.duration)
 
 
-def read_exit_status(pid: int) -> int:
-    """Return how a process ended, as wait(2) has it; as by SIGKILL when that cannot be known any more."""
+def read_exit_status(pidfd: int, pid: int) -> int | None:
+    """Return how a process ended, as wait(2) has it; None when that cannot be known any more."""
+    info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)  # Linux 6.15
+        known, status = _PIDFD_INFO.unpack(info)
+        if known & _PIDFD_INFO_EXIT:
+            return int(status)
+    except OSError:
+        pass  # before that: as long as nobody has waited for it
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
-        return int(fields[-1]) if fields[0] == b"Z" else int(signal.SIGKILL)
+        return int(fields[-1]) if fields[0] == b"Z" else None
     except (OSError, ValueError, IndexError):
-        return int(signal.SIGKILL)
+        return None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from fakefs.mirror import credentials
+from fakefs.mirror import credentials, signals
 from fakefs.mirror.calls import BY_NUMBER, Call
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
@@ -89,9 +89,9 @@ class Recorder:
             "setsid": self._plain,
             "nanosleep": self._sleep,
             "clock_nanosleep": self._sleep,
-            "kill": self._plain,
-            "tkill": self._plain,
-            "tgkill": self._plain,
+            "kill": self._signal,
+            "tkill": self._signal,
+            "tgkill": self._signal,
         }
 
     def run(self) -> None:
@@ -226,6 +226,14 @@ class Recorder:
 
     def _plain(self, notification: Notification, call: Call) -> Iterator[Record]:
         yield Plain(notification.tid, call.number, [_signed(each) for each in notification.arguments[:3]])
+
+    def _signal(self, notification: Notification, call: Call) -> Iterator[Record]:
+        target = _signed(notification.arguments[1 if call.name == "tgkill" else 0])
+        if target > 0 and target not in self._threads:
+            birth = read_birth(target)
+            if birth is not None and birth.parent in self._threads:
+                yield from self._births(target)
+        yield signals.sent(notification, call, {tid: thread.tgid for tid, thread in self._threads.items()})
 
     def _sleep(self, notification: Notification, call: Call) -> Iterator[Record]:
         clock, flags, at = None, 0, notification.arguments[0]

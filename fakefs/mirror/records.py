@@ -84,6 +84,16 @@ class Plain(NamedTuple):
     arguments: list[int]
 
 
+class Signal(NamedTuple):
+    """kill(2), tkill(2) or tgkill(2). It is sent `to` these processes or threads; `caught` are those with a handler."""
+
+    tid: int
+    number: int
+    arguments: list[int]
+    to: list[int]
+    caught: list[int]
+
+
 class Credentials(NamedTuple):
     """A call of setuid(2)'s family. `ids` are its arguments, or the groups it sets; None if there are no such.
 
@@ -126,7 +136,7 @@ class Transfer(NamedTuple):
     data: str
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Credentials | Files | Transfer
+Record = Birth | Program | Exit | Name | Sleep | Plain | Signal | Credentials | Files | Transfer
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in get_args(Record)}
 
 

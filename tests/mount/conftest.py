@@ -196,6 +196,27 @@ def run(request: pytest.FixtureRequest, environment: dict[str, str], kernel_path
 
 
 @pytest.fixture
+def mirrored(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Run:
+    """Run a bash script by `fakefs run --mirror`, in a directory of its own."""
+
+    def run_script(script: str, mirror: str = "files", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        argv = [*FAKEFS, "run", "--kernel", str(kernel_path), "--mirror", mirror, "--", "bash", "-c", script]
+        return subprocess.run(
+            argv,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=timeout,
+            check=False,
+        )
+
+    run_script("true", "off")  # boots if need be, and says so
+    return run_script
+
+
+@pytest.fixture
 def host_unchanged() -> Iterator[None]:
     """Mounts of this machine are the same before and after, and so are a few of its settings."""
     before = _host()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from fakefs.records import Record, parse
-from tests.mounted import FAKEFS
+from tests.mounted import FAKEFS, PATIENCE
 
 SETUP = """
     cd /sys/kernel/tracing
@@ -19,6 +19,15 @@ GUEST = f"""
     guest() {{ {FAKEFS[0]} -m fakefs.cli exec -- "$@"; }}
 """
 """The shell function `guest` runs a command in the guest."""
+
+
+STATE = f"""
+    state() {{
+        local end=$((SECONDS + {PATIENCE:.0f}))
+        until [[ $(guest sed -n 's/^State:.//p' /proc/$1/status) =~ $2 ]]; do [ $SECONDS -lt $end ] || exit 9; done
+    }}
+"""
+"""The shell function `state` waits until the guest says that the state of process $1 is like $2. Needs `guest`."""
 
 
 def hits(done: subprocess.CompletedProcess[str]) -> list[Record]:

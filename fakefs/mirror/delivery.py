@@ -1,0 +1,116 @@
+"""Signals in the guest: sent by the shadow of the sender, delivered where they are delivered on the host.
+
+In shadows all signals but one of ours are blocked: what a signal does to a process is the host's decision. One that is
+caught there is let through to a handler that does nothing; one that has ended its process there is let through to end
+its shadow; stopping and going on are the kernel's at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+
+from emulator.agent import Call
+from fakefs.mirror.processes import KEPT, Mirrored, Processes
+from fakefs.mirror.records import Signal
+from fakefs.shadow import Shadows
+from fakefs.syscalls import Sys
+
+_SIG_BLOCK, _SIG_UNBLOCK, _SIG_SETMASK = 0, 1, 2
+_ACTION_SIZE, _SET_SIZE = 32, 8
+_CORE_DUMPED = 0x80
+_SURVIVED = frozenset(
+    getattr(signal, f"SIG{name}") for name in ("CHLD", "CONT", "URG", "WINCH", "STOP", "TSTP", "TTIN", "TTOU")
+)
+
+
+class Delivery:
+    """Does that."""
+
+    def __init__(self, shadows: Shadows, processes: Processes) -> None:
+        self._shadows = shadows
+        self._processes = processes
+        self._pump = shadows.pump
+        self._agent = shadows.pump.agent
+
+    async def send(self, record: Signal) -> None:
+        """kill(2), tkill(2) or tgkill(2), as far as they reach mirrored processes."""
+        sender = self._processes.find(record.tid)
+        to = [shadow for tid in record.to if (shadow := self._processes.find(tid)) is not None]
+        if sender is None or not to:
+            return
+        await self._processes.settle(sender)
+        *_, target, number = record.arguments
+        if target == -1 or (target <= 0 and number == signal.SIGKILL):
+            for shadow in to:  # the guest has processes of its own, and may count others to a group
+                await self._processes.call(sender, (Sys.KILL, shadow.task.pid, number))
+        elif target > 0:
+            ids = [self._shadows.alive(each) for each in record.arguments[:-1]]
+            pids = [each.task.pid if each is not None else target for each in ids]
+            await self._processes.call(sender, (record.number, *pids, number))
+        else:
+            await self._processes.call(sender, (record.number, *record.arguments))
+        for shadow in to:
+            if number == signal.SIGSTOP:
+                self._processes.blocking.stopped(shadow.tgid)
+            elif number == signal.SIGCONT:
+                self._processes.blocking.continued(shadow.tgid)
+            if shadow.task.dead:
+                continue
+            if shadow.tid in record.caught:
+                await self._deliver(shadow, number)
+            elif 0 < number <= 64 and number not in _SURVIVED:
+                shadow.doomed = number
+
+    async def _deliver(self, shadow: Mirrored, number: int) -> None:
+        """Let a signal that is pending through to the handler of the one that is not blocked."""
+        at = shadow.task.virtual
+        async with self._processes.blocking.aside(shadow, sleeps=False), shadow.lock:
+            self._agent.put(shadow.task, 2 * _ACTION_SIZE, struct.pack("<Q", 1 << (number - 1)))
+            bit = at(2 * _ACTION_SIZE)
+            calls: list[Call] = [
+                (Sys.RT_SIGACTION, signal.SIGINT, 0, at(0), _SET_SIZE),
+                (Sys.RT_SIGACTION, number, at(0), at(_ACTION_SIZE), _SET_SIZE),
+                (Sys.RT_SIGPROCMASK, _SIG_UNBLOCK, bit, 0, _SET_SIZE),
+            ]
+            if not 1 << (number - 1) & KEPT:
+                calls.append((Sys.RT_SIGPROCMASK, _SIG_BLOCK, bit, 0, _SET_SIZE))
+                calls.append((Sys.RT_SIGACTION, number, at(_ACTION_SIZE), 0, _SET_SIZE))
+            await self._pump.call(shadow.task, calls)
+
+    async def end(self, shadow: Mirrored, status: int | None) -> None:
+        """A process has ended on the host without telling: end its shadow likewise.
+
+        `status` is as wait(2) has it; None if it is not known.
+        """
+        if shadow.task.dead or self._processes.find(shadow.tid) is not shadow:
+            return
+        await self._processes.blocking.interrupt(shadow)
+        await self._processes.forget(shadow, whole=True)
+        status = shadow.doomed if status is None else status
+        number = status & ~_CORE_DUMPED & 0x7F
+        if number == 0:
+            await self._processes.call(shadow, (Sys.EXIT_GROUP, status >> 8 & 0xFF))
+        elif number == signal.SIGKILL:
+            await self._shadows.kill(shadow, number)
+        else:
+            await self._die(shadow, number)
+
+    async def _die(self, shadow: Mirrored, number: int) -> None:
+        """Of a signal that is pending, or else sent now."""
+        at = shadow.task.virtual
+        async with shadow.lock:
+            self._agent.put(shadow.task, 0, bytes(_ACTION_SIZE + _SET_SIZE))  # SIG_DFL, and no signal blocked
+            calls: list[Call] = [
+                (Sys.RT_SIGACTION, number, at(0), 0, _SET_SIZE),
+                (Sys.RT_SIGPENDING, at(_ACTION_SIZE), _SET_SIZE),
+            ]
+            await self._pump.call(shadow.task, calls)
+            [pending] = struct.unpack("<Q", self._agent.get(shadow.task, _ACTION_SIZE, _SET_SIZE))
+            self._agent.put(shadow.task, _ACTION_SIZE, struct.pack("<Q", ~(1 << (number - 1)) & (1 << 64) - 1))
+            calls = [] if pending >> (number - 1) & 1 else [(Sys.TKILL, shadow.task.pid, number)]
+            calls += [
+                (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(_ACTION_SIZE), 0, _SET_SIZE),
+                (Sys.EXIT_GROUP, 128 + number),
+            ]
+            await self._pump.call(shadow.task, calls)

@@ -1,0 +1,137 @@
+"""Signals between mirrored processes: what one does on the host, it does in the guest."""
+
+from __future__ import annotations
+
+from fakefs.records import Record
+from tests.mount.conftest import Run
+from tests.mount.mirrored import GUEST, SETUP, SHOW, STATE, hits
+from tests.mounted import FAKEFS
+
+
+def _of(seen: list[Record], event: str) -> list[Record]:
+    return [hit for hit in seen if hit.event == event]
+
+
+def test_one_that_is_caught_is_delivered(mirrored: Run) -> None:
+    """To a handler; the sleep that it interrupts ends, and the process goes on."""
+    done = mirrored(
+        SETUP
+        + """
+        on signal/signal_generate signal/signal_deliver
+        ( trap 'echo one' USR1; trap 'echo two' USR2; kill -USR1 $BASHPID; kill -USR2 $BASHPID; echo on )
+        """
+        + SHOW,
+        "process",
+    )
+    seen = hits(done)
+    assert done.stdout.splitlines()[:3] == ["one", "two", "on"]
+    sent = [(hit.fields["sig"], hit.fields["pid"], hit.pid) for hit in _of(seen, "signal_generate")]
+    itself = sent[0][1]
+    assert [each for each in sent if each[0] in (10, 12)] == [(10, itself, itself), (12, itself, itself)]
+    got = [(hit.fields["sig"], hit.pid) for hit in _of(seen, "signal_deliver") if hit.fields["sig"] in (10, 12)]
+    assert got == [(10, itself), (12, itself)]
+    assert all(hit.fields["sa_handler"] for hit in _of(seen, "signal_deliver"))
+
+
+def test_a_handler_ends_a_sleep(mirrored: Run) -> None:
+    program = """
+import os, signal, time
+signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"caught"))
+print("ready", flush=True)
+try: time.sleep(1000)
+except KeyboardInterrupt: pass
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:slept do_nanosleep' > kprobe_events
+        on signal/signal_deliver sched/sched_process_exit kprobes/slept
+        coproc exec {FAKEFS[0]} -c '{program}'
+        read -u ${{COPROC[0]}} line
+        until mapfile -t lines < trace; [[ "${{lines[*]}}" == *slept:* ]]; do :; done
+        kill -USR1 $COPROC_PID; read -N 6 -u ${{COPROC[0]}} line; echo "$line"
+        kill -INT $COPROC_PID; wait $COPROC_PID; echo "status $?"
+        """
+        + SHOW,
+        "process",
+    )
+    seen = hits(done)
+    assert done.stdout.splitlines()[:2] == ["caught", "status 0"]
+    [slept, *_] = _of(seen, "slept")
+    assert [hit.pid for hit in _of(seen, "signal_deliver") if hit.fields["sig"] == 10] == [slept.pid]
+    assert slept.pid in [hit.pid for hit in _of(seen, "sched_process_exit")]
+
+
+def test_one_that_ends_a_process_ends_its_shadow(mirrored: Run) -> None:
+    """It is sent once, delivered once, and is what the kernel's exit code says."""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:ended do_group_exit code=$arg1:s32' > kprobe_events
+        on kprobes/ended signal/signal_generate signal/signal_deliver
+        exec 2>/dev/null
+        for number in TERM HUP KILL; do sleep 1000 & kill -$number $!; wait $!; done
+        sh -c 'kill -SEGV $$'
+        {FAKEFS[0]} -c 'import os; os.abort()'
+        {{ cat tracing_on; exec yes; }} | head -n 2 >/dev/null
+        """
+        + SHOW,
+        "process",
+    )
+    seen = hits(done)
+    died = [hit.fields["code"] for hit in _of(seen, "ended") if hit.fields["code"] not in (0, 0x100)]
+    assert sorted(code & 0x7F for code in died if isinstance(code, int) and code & 0x7F) == [1, 6, 9, 11, 13, 15]
+    for number in (15, 1, 11, 6):
+        assert len([hit for hit in _of(seen, "signal_generate") if hit.fields["sig"] == number]) == 1
+        assert len([hit for hit in _of(seen, "signal_deliver") if hit.fields["sig"] == number]) == 1
+
+
+def test_stopped_and_continued(mirrored: Run) -> None:
+    done = mirrored(
+        SETUP
+        + GUEST
+        + STATE
+        + """
+        ( while :; do cat tracing_on; sleep 0.01; done >/dev/null ) & loop=$!
+        kill -STOP $loop; state $loop T
+        kill -CONT $loop; state $loop S
+        kill -STOP $loop; state $loop T
+        kill -TERM $loop; kill -CONT $loop; wait $loop; echo "status $?"
+        sleep 1000 & kill -STOP $!; state $! T; kill -KILL $!; wait $!; echo "status $?"
+        """
+    )
+    assert done.stdout == "status 143\nstatus 137\n"
+
+
+def test_groups_and_everybody(mirrored: Run) -> None:
+    """kill(2) with 0, a negative group, and -1, which leaves out those that live in the guest alone."""
+    done = mirrored(
+        SETUP
+        + GUEST
+        + """
+        guest sh -c 'sleep 1000 </dev/null >/dev/null 2>&1 & echo $!' > "$OLDPWD/other"
+        read other < "$OLDPWD/other"
+        on signal/signal_generate
+        set -m
+        sleep 1000 & lone=$!
+        ( sleep 1000 & exec sleep 1000 ) & group=$!
+        set +m
+        until [ "$(cat /proc/$group/comm /proc/$(pgrep -P $group)/comm)" = $'sleep\\nsleep' ]; do :; done 2>/dev/null
+        kill -WINCH -$group; kill -URG -1
+        exec 2>/dev/null
+        kill -KILL -$group; kill -TERM $lone; wait
+        guest kill $other
+        echo "$lone $group $other"
+        """
+        + SHOW,
+        "process",
+    )
+    seen = hits(done)
+    lone, group, other = map(int, done.stdout.split("\n")[0].split())
+    sent = _of(seen, "signal_generate")
+    got = {number: [hit.fields["pid"] for hit in sent if hit.fields["sig"] == number] for number in (28, 23, 9)}
+    assert len(got[28]) == len(set(got[28])) == 2
+    assert set(got[23]) == {lone, *got[28]}
+    assert set(got[9]) == set(got[28])
+    assert group in got[28]
+    assert other not in {*got[28], *got[23]}

@@ -1,0 +1,54 @@
+"""Whom a signal is sent to, held against this machine's processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakefs.mirror.calls import BY_NUMBER, NUMBER
+from fakefs.mirror.records import Signal
+from fakefs.mirror.seccomp import Notification
+from fakefs.mirror.signals import catches, caught, receivers, sent
+
+
+def test_handlers_are_seen() -> None:
+    me = os.getpid()
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        assert catches(me, signal.SIGUSR1)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert not catches(me, signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not catches((1 << 22) + 1, signal.SIGUSR1)
+
+
+def test_receivers() -> None:
+    me, parent = os.getpid(), os.getppid()
+    everybody = [parent, me, (1 << 22) + 1]
+    assert list(receivers(me, parent, everybody)) == [parent]
+    assert list(receivers(me, -1, everybody)) == [parent, everybody[2]]
+    assert me in list(receivers(me, 0, everybody))
+    assert list(receivers(me, -os.getpgrp(), everybody)) == list(receivers(me, 0, everybody))
+    assert list(receivers(me, 5, everybody)) == []
+
+
+def test_a_thread_is_told_apart_from_its_process() -> None:
+    groups = {10: 10, 11: 10, 20: 20}
+    tgkill, kill = (BY_NUMBER[NUMBER[name]] for name in ("tgkill", "kill"))
+    minus_one = (1 << 64) - 1
+    record = sent(Notification(1, 20, tgkill.number, (10, 11, 9, 0, 0, 0)), tgkill, groups)
+    assert record == Signal(20, tgkill.number, [10, 11, 9], [11], [])
+    record = sent(Notification(1, 20, kill.number, (11, minus_one, 9, 0, 0, 0)), kill, groups)
+    assert record == Signal(20, kill.number, [11, -1], [], [])
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes(status: bytes) -> None:
+    for text in (status, b"\nSigCgt:\t" + status):
+        with contextlib.suppress(ValueError):
+            caught(text)
