@@ -1,22 +1,22 @@
 """The slow CPU: Unicorn through its public API alone, everything a PC adds done here in Python.
 
-The fallback where `native` cannot work, and the twin it is checked against. Exceptions, interrupts and SYSCALL are
-delivered as in the Intel SDM (vol. 3, 6.14: 64-bit mode) by changing a saved context. Unlike the native CPU's, its
-clock counts instructions, 1 ns each, in slices: a slice that ends early counts only the ticks its RDTSC reads and
-port accesses took. Both clocks are deterministic, but they are different clocks.
+The fallback where `native` cannot work, and the twin it is checked against. Exceptions, interrupts (`delivery`) and
+SYSCALL are delivered by changing a saved context. Unlike the native CPU's, its clock counts instructions, 1 ns each, in
+slices: a slice that ends early counts only the ticks its RDTSC reads and port accesses took. Both clocks are
+deterministic, but they are different clocks.
 """
 
 from __future__ import annotations
 
 import ctypes
 import select
-import struct
 from collections.abc import Sequence
 from ctypes import CFUNCTYPE, c_int, c_uint32, c_uint64, c_void_p
 from functools import cache
 
 from emulator.cpu import context as saved
 from emulator.cpu.context import Context
+from emulator.cpu.delivery import FLAT_LIMIT, Delivery, Fault
 from emulator.cpu.interface import TSC_KHZ, GuestDied, PortIO, Stop
 from emulator.cpu.layout import FEATURE_WORDS
 from emulator.cpu.libunicorn import (
@@ -41,16 +41,11 @@ _WINDOW_SLICE = 64
 _TICK = 20  # ns an RDTSC or a port access takes
 
 _PAGE = 4096
-_FRAME = 0x000F_FFFF_FFFF_F000
-_PRESENT, _WRITABLE, _ACCESSED, _DIRTY, _LARGE = 1, 2, 1 << 5, 1 << 6, 1 << 7
-_DOUBLE_FAULT, _INVALID_TSS, _NOT_PRESENT, _STACK, _PROTECTION, _PAGE_FAULT = 8, 10, 11, 12, 13, 14
 _INVALID_OPCODE = 6
 _WITH_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
-_CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
-_INTERRUPT_GATE, _TRAP_GATE = 14, 15
-_TF, _IF, _NT, _RF, _VM = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17
+_IF, _RF = 1 << 9, 1 << 16
 # Second words of the descriptors SYSCALL loads: flat 64-bit code and flat data, DPL 0.
-_FLAT_CODE, _FLAT_DATA, _FLAT_LIMIT = 0x00AF9B00, 0x00CF9300, 0xFFFFFFFF
+_FLAT_CODE, _FLAT_DATA = 0x00AF9B00, 0x00CF9300
 _SYSCALL_LENGTH = 2
 _MSR_TSC_AUX = 0xC0000103
 _HLT, _STI = 0xF4, 0xFB
@@ -59,16 +54,6 @@ _CR4_COPIES = {1: (1 << 27, 1 << 18), 7: (1 << 4, 1 << 22)}  # leaf: bit of ECX 
 _GENUINE_INTEL = (0x756E6547, 0x6C65746E, 0x49656E69)  # EBX, ECX, EDX
 
 Answer = tuple[int, int, int, int]
-
-
-class _Fault(Exception):
-    """An exception the guest gets while another event is being delivered."""
-
-    def __init__(self, vector: int, error_code: int, address: int | None = None) -> None:
-        super().__init__(vector, error_code)
-        self.vector = vector
-        self.error_code = error_code
-        self.address = address
 
 
 @cache
@@ -118,7 +103,7 @@ class PureCPU(UnicornCPU):
         super().__init__(ports, index)
         self._cpuid = _prepared()
         self._context = Context(self.engine)
-        self._ram: list[tuple[int, memoryview]] = []
+        self._delivery = Delivery(self.engine, self._context)
         self._base = 0  # virtual time at the start of the slice, ns
         self._slice = 0
         self._within = 0  # ticks taken in the slice, below its length
@@ -192,7 +177,7 @@ class PureCPU(UnicornCPU):
         self._hypercall = False
         if vector is not None:
             self._context.save()
-            self._deliver(vector)
+            self._delivery.deliver(vector)
         step = 1
         while True:
             if window and self.interruptible:
@@ -246,8 +231,8 @@ class PureCPU(UnicornCPU):
         if halt in self._halts:
             return self._halting == halt
         try:
-            before, byte = self._read(halt - 1, 2)
-        except (_Fault, GuestDied):
+            before, byte = self._delivery.read(halt - 1, 2)
+        except (Fault, GuestDied):
             return False
         if byte != _HLT:
             return False
@@ -315,7 +300,7 @@ class PureCPU(UnicornCPU):
             state.save()
             software = bool(state.u32(saved.IS_SOFTWARE)) and vector != _INVALID_OPCODE
             with_code = vector in _WITH_ERROR_CODE and not software
-            self._deliver(vector, state.u32(saved.ERROR_CODE) if with_code else None, software)
+            self._delivery.deliver(vector, state.u32(saved.ERROR_CODE) if with_code else None, software)
         except BaseException as error:
             self._fail(error)
         return 1
@@ -329,8 +314,8 @@ class PureCPU(UnicornCPU):
             state.set_u64(saved.RCX, state.u64(saved.RIP) + _SYSCALL_LENGTH)
             state.set_u64(saved.R11, rflags)
             selector = state.u64(saved.STAR) >> 32 & 0xFFFC
-            state.set_segment(saved.CS, selector, _FLAT_LIMIT, _FLAT_CODE)
-            state.set_segment(saved.SS, selector + 8, _FLAT_LIMIT, _FLAT_DATA)
+            state.set_segment(saved.CS, selector, FLAT_LIMIT, _FLAT_CODE)
+            state.set_segment(saved.SS, selector + 8, FLAT_LIMIT, _FLAT_DATA)
             state.set_u32(saved.HFLAGS, state.u32(saved.HFLAGS) & ~saved.HF_CPL)
             state.set_u64(saved.RIP, state.u64(saved.LSTAR) - _SYSCALL_LENGTH & (1 << 64) - 1)
             state.restore()
@@ -338,167 +323,26 @@ class PureCPU(UnicornCPU):
         except BaseException as error:
             self._fail(error)
 
-    # ---- delivery
-
-    def _deliver(self, vector: int, error_code: int | None = None, software: bool = False) -> None:
-        """Enter the handler of an exception or interrupt; the context is freshly saved and goes back changed.
-
-        What fails on the way becomes an exception of its own, or a double fault (SDM vol. 3, table 6-5).
-        Raises GuestDied for a triple fault.
-        """
-        raised = error_code is not None or (vector < 32 and not software)
-        while True:
-            try:
-                self._enter(vector, error_code, software)
-                return
-            except _Fault as fault:
-                if vector == _DOUBLE_FAULT and raised:
-                    at = self._context.u64(saved.RIP)
-                    raise GuestDied(f"the guest's CPU stopped at {at:#x}: triple fault") from None
-                if fault.address is not None:
-                    self._context.set_u64(saved.CR2, fault.address)
-                contributory = fault.vector in _CONTRIBUTORY
-                double = raised and (
-                    (vector in _CONTRIBUTORY and contributory)
-                    or (vector == _PAGE_FAULT and (contributory or fault.vector == _PAGE_FAULT))
-                )
-                vector, error_code = (_DOUBLE_FAULT, 0) if double else (fault.vector, fault.error_code)
-                raised, software = True, False
-
-    def _enter(self, vector: int, error_code: int | None, software: bool) -> None:
-        """Go through the gate of a vector. Nothing in the context changes before all that can fail is done."""
-        state = self._context
-        cpl = state.u32(saved.HFLAGS) & saved.HF_CPL
-        handler, selector, ist, gate_type = self._gate(vector, cpl if software else 0)
-        code_flags, dpl = self._code_segment(selector, cpl)
-        changes_stack = dpl < cpl or ist != 0
-        rsp = self._stack_pointer(ist + 3 if ist else dpl) if changes_stack else state.u64(saved.RSP)
-        rflags = self.engine.read("rflags")
-        frame = struct.pack(
-            "<5Q",
-            state.u64(saved.RIP), state.selector(saved.CS), rflags, state.u64(saved.RSP), state.selector(saved.SS),
-        )  # fmt: skip
-        if error_code is not None:
-            frame = struct.pack("<Q", error_code) + frame
-        rsp = (rsp & ~15) - len(frame) & (1 << 64) - 1
-        self._write(rsp, frame)
-        hflags = state.u32(saved.HFLAGS) & ~(saved.HF_CPL | saved.HF_INHIBIT_IRQ | saved.HF_ADDSEG)
-        if changes_stack:
-            state.set_segment(saved.SS, dpl, 0, dpl << 13)
-            hflags &= ~saved.HF_SS32
-        state.set_segment(saved.CS, selector & ~3 | dpl, _FLAT_LIMIT, code_flags)
-        state.set_u32(saved.HFLAGS, hflags | dpl | saved.HF_CS32 | saved.HF_CS64)
-        cleared = _TF | _NT | _RF | _VM | (_IF if gate_type == _INTERRUPT_GATE else 0)
-        state.set_u64(saved.EFLAGS, state.u64(saved.EFLAGS) & ~cleared)
-        state.set_u64(saved.RSP, rsp)
-        state.set_u64(saved.RIP, handler)
-        state.set_u32(saved.OLD_EXCEPTION, saved.NONE)
-        state.restore()
-
-    def _gate(self, vector: int, cpl: int) -> tuple[int, int, int, int]:
-        """Return handler, code selector, IST number and type of a vector's gate in the IDT."""
-        base, limit = self._table(saved.IDTR)
-        error = vector * 16 + 2
-        if vector * 16 + 15 > limit:
-            raise _Fault(_PROTECTION, error)
-        low, high = struct.unpack("<2Q", self._read(base + 16 * vector, 16))
-        gate_type = low >> 40 & 0x1F
-        if gate_type not in (_INTERRUPT_GATE, _TRAP_GATE) or low >> 45 & 3 < cpl:
-            raise _Fault(_PROTECTION, error)
-        if not low >> 47 & 1:
-            raise _Fault(_NOT_PRESENT, error)
-        handler = low & 0xFFFF | low >> 32 & 0xFFFF0000 | (high & 0xFFFFFFFF) << 32
-        return handler, low >> 16 & 0xFFFF, low >> 32 & 7, gate_type
-
-    def _code_segment(self, selector: int, cpl: int) -> tuple[int, int]:
-        """Return the second word of a 64-bit code descriptor in the GDT and the privilege level it leads to."""
-        base, limit = self._table(saved.GDTR)
-        error = selector & 0xFFFC
-        if not error or selector & 4 or (selector | 7) > limit:
-            raise _Fault(_PROTECTION, error)
-        flags = int.from_bytes(self._read(base + (selector & ~7) + 4, 4), "little")
-        dpl = flags >> 13 & 3
-        is_code, is_long = flags & 0x1800 == 0x1800, flags >> 21 & 3 == 1
-        if not is_code or not is_long or dpl > cpl:
-            raise _Fault(_PROTECTION, error)
-        if not flags >> 15 & 1:
-            raise _Fault(_NOT_PRESENT, error)
-        return flags, cpl if flags >> 10 & 1 else dpl
-
-    def _stack_pointer(self, index: int) -> int:
-        """Return RSP0..2 (index 0..2) or IST1..7 (index 4..10) of the task state segment."""
-        base, limit = self._table(saved.TR)
-        if 8 * index + 11 > limit:
-            raise _Fault(_INVALID_TSS, 0)
-        return int.from_bytes(self._read(base + 8 * index + 4, 8), "little")
-
-    def _table(self, register: int) -> tuple[int, int]:
-        return self._context.u64(register + saved.BASE), self._context.u32(register + saved.LIMIT)
-
-    # ---- guest memory, as the CPU itself sees it when delivering (supervisor accesses)
+    # ---- state
 
     def map_ram(self, physical: int, size: int, host_address: int) -> None:
         super().map_ram(physical, size, host_address)
-        self._ram.append((physical, memoryview((ctypes.c_char * size).from_address(host_address)).cast("B")))
-
-    def _physical(self, address: int, size: int) -> memoryview:
-        for start, view in self._ram:
-            if start <= address and address + size <= start + len(view):
-                return view[address - start : address - start + size]
-        raise GuestDied(f"the guest's page tables lead to physical {address:#x}, where there is no RAM")
-
-    def _translate(self, virtual: int, write: bool) -> int:
-        """Walk the page tables (SDM vol. 3, 4.5), setting accessed and dirty bits; #PF as for a supervisor."""
-        error = 2 if write else 0
-        table = self._context.u64(saved.CR3) & _FRAME
-        for shift in (39, 30, 21, 12):
-            cell = self._physical(table + (virtual >> shift & 511) * 8, 8)
-            entry = int.from_bytes(cell, "little")
-            if not entry & _PRESENT:
-                raise _Fault(_PAGE_FAULT, error, virtual)
-            if write and not entry & _WRITABLE:
-                raise _Fault(_PAGE_FAULT, error | 1, virtual)
-            leaf = shift == 12 or (shift < 39 and entry & _LARGE)
-            used = entry | _ACCESSED | (_DIRTY if leaf and write else 0)
-            if used != entry:
-                cell[:] = used.to_bytes(8, "little")
-            if leaf:
-                below = (1 << shift) - 1
-                return entry & _FRAME & ~below | virtual & below
-            table = entry & _FRAME
-        raise AssertionError
-
-    def _read(self, virtual: int, size: int) -> bytes:
-        first = min(size, _PAGE - virtual % _PAGE)
-        data = bytes(self._physical(self._translate(virtual, False), first))
-        return data if first == size else data + self._read(virtual + first, size - first)
-
-    def _write(self, virtual: int, data: bytes) -> None:
-        if virtual + (1 << 47) & (1 << 64) - 1 >= 1 << 48:
-            raise _Fault(_STACK, 0)
-        first = min(len(data), _PAGE - virtual % _PAGE)
-        self._physical(self._translate(virtual, True), first)[:] = data[:first]
-        if first < len(data):
-            self._write(virtual + first, data[first:])
-
-    # ---- state
+        self._delivery.map_ram(physical, size, host_address)
 
     def start_at(self, entry: int, registers: dict[str, int], gdt: tuple[int, int], code: int, data: int) -> None:
         self.engine.write_table("gdtr", *gdt)
         for name in ("cr4", "cr3", "cr0"):
             self.engine.write(name, registers.pop(name))
         self._context.save()
-        self._context.set_segment(saved.CS, code, _FLAT_LIMIT, _FLAT_CODE)
+        self._context.set_segment(saved.CS, code, FLAT_LIMIT, _FLAT_CODE)
         for number in (saved.ES, saved.SS, saved.DS):
-            self._context.set_segment(number, data, _FLAT_LIMIT, _FLAT_DATA)
+            self._context.set_segment(number, data, FLAT_LIMIT, _FLAT_DATA)
         self._context.restore()
         for name, value in registers.items():
             self.write(name, value)
         self.write("rip", entry)
 
     def close(self) -> None:
-        for _, view in self._ram:
-            view.release()
-        self._ram.clear()
+        self._delivery.close()
         self._context.close()
         super().close()
