@@ -28,11 +28,10 @@ A ``.ko`` file with a section ``.BTF.base`` (modules built out of tree since 6.1
 
 from __future__ import annotations
 
-import struct
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 
+from emulator.kernel.btf_records import BtfRecords
 from emulator.kernel.btf_types import (
     Array,
     BtfError,
@@ -70,30 +69,10 @@ __all__ = [
     "Variable",
 ]
 
-_MAGIC = 0xEB9F
-_HEADER = struct.Struct("<HBBIIIII")  # magic, version, flags, hdr_len, type_off, type_len, str_off, str_len
-_LAYOUT_HEADER = struct.Struct("<II")  # layout_off, layout_len: only if hdr_len makes room for them (new in Linux 7)
-_LAYOUT = struct.Struct("<BBH")  # info_sz, elem_sz, flags of one kind
-
 _POINTER_SIZE = 8
 _MAX_DEPTH = 32  # the same bound as the kernel's own MAX_RESOLVE_DEPTH
 _MAX_TEXT = 1 << 14  # bytes; the longest declaration in Linux 7.2 has 453
 
-# 32-bit words that follow the three words every record has: (once, for each of the vlen elements).
-_SHAPES: dict[int, tuple[int, int]] = {
-    **{int(kind): (0, 0) for kind in Kind if kind},
-    Kind.INT: (1, 0),
-    Kind.ARRAY: (3, 0),
-    Kind.STRUCT: (0, 3),
-    Kind.UNION: (0, 3),
-    Kind.ENUM: (0, 2),
-    Kind.FUNC_PROTO: (0, 2),
-    Kind.VAR: (1, 0),
-    Kind.DATASEC: (0, 3),
-    Kind.DECL_TAG: (1, 0),
-    Kind.ENUM64: (0, 3),
-}
-_KINDS = {int(kind): kind for kind in Kind}
 _AGGREGATES = (Kind.STRUCT, Kind.UNION)
 _SIZED = (Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.FLOAT, Kind.DATASEC)
 _NAMED = (*_AGGREGATES, Kind.TYPEDEF, Kind.ENUM, Kind.ENUM64, Kind.INT, Kind.FLOAT)  # what sizeof takes by name
@@ -101,50 +80,13 @@ _QUALIFIERS = {Kind.CONST: "const", Kind.VOLATILE: "volatile", Kind.RESTRICT: "r
 _TRANSPARENT = (*_QUALIFIERS, Kind.TYPEDEF, Kind.TYPE_TAG)  # what a question about size or members looks through
 
 
-class Btf:
+class Btf(BtfRecords):
     """The types of one blob, and of the blob it is based on.
 
-    ``data`` may be longer than the blob. A memoryview is copied: the guest cannot change what has been checked.
     Every method raises `BtfError` where it meets a malformed record and `BtfLookupError` for a name that is not there.
     """
 
-    def __init__(self, data: bytes | memoryview, base: Btf | None = None) -> None:
-        self._base = base
-        self._data = data = bytes(data)  # of bytes no copy
-        if len(data) < _HEADER.size:
-            raise BtfError(f"BTF ends after {len(data)} bytes, within its header")
-        magic, version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
-        if (magic, version) != (_MAGIC, 1):
-            raise BtfError(f"not BTF: magic {magic:#06x}, version {version} instead of {_MAGIC:#06x}, version 1")
-        if not _HEADER.size <= header <= len(data) or type_len % 4:
-            raise BtfError(f"BTF has a header of {header} bytes and {type_len} bytes of types, which cannot be")
-
-        def section(what: str, offset: int, length: int) -> tuple[int, int]:
-            start = header + offset
-            if start + length > len(data):
-                raise BtfError(f"BTF is cut off: its {what} end at byte {start + length} of {len(data)}")
-            return start, start + length
-
-        start, end = section("types", type_off, type_len)
-        self._words = memoryview(data)[start:end].cast("I")
-        self._strings, self._strings_end = start, end = section("strings", str_off, str_len)
-        # Only a module's BTF may have no strings, or a first one that is not empty.
-        if (base is None and data[start : min(end, start + 1)] != b"\0") or (str_len and data[end - 1]):
-            raise BtfError("BTF's strings do not begin and end with a NUL byte")
-        self._first_string: int = 0 if base is None else base._end_of_strings
-        self._end_of_strings: int = self._first_string + str_len
-        self._shapes = _SHAPES
-        if header >= _HEADER.size + _LAYOUT_HEADER.size:
-            start, end = section("record layouts", *_LAYOUT_HEADER.unpack_from(data, _HEADER.size))
-            shapes = enumerate(_LAYOUT.iter_unpack(data[start : end - (end - start) % _LAYOUT.size]))
-            self._shapes = {k: (info // 4, each // 4) for k, (info, each, _) in shapes if k} | _SHAPES
-
     # ---- questions by name ----
-
-    @property
-    def data(self) -> bytes:
-        """The blob."""
-        return self._data
 
     def find(self, kind: Kind, name: str) -> Type:
         """The first type of that kind and name: of this blob, else of its base."""
@@ -176,18 +118,18 @@ class Btf:
 
     def constant(self, name: str) -> int:
         """The value of an enumerator, whatever enumeration it is of, those without a name included."""
-        types = self._words.tobytes()
-        for offset in self._string_offsets(name.encode("utf-8", "surrogateescape")):
+        types = self.words.tobytes()
+        for offset in self.string_offsets(name.encode("utf-8", "surrogateescape")):
             needle = offset.to_bytes(4, "little")
             at = types.find(needle)
             while at >= 0:
-                index = bisect_right(self._starts, at // 4) - 1
-                found = self.type(self._first_id + index) if at % 4 == 0 else None
+                index = bisect_right(self.starts, at // 4) - 1
+                found = self.type(self.first_id + index) if at % 4 == 0 else None
                 if isinstance(found, Enum) and name in found.values:
                     return found.values[name]
                 at = types.find(needle, at + 1)
-        if self._base is not None:
-            return self._base.constant(name)
+        if self.base is not None:
+            return self.base.constant(name)
         raise BtfLookupError(f"this kernel's BTF has no constant {name!r}")
 
     def member(self, aggregate: str | int, path: str) -> Member:
@@ -218,16 +160,16 @@ class Btf:
         type_id = self._find(_NAMED, what) if isinstance(what, str) else what
         count = 1
         for _ in range(_MAX_DEPTH):
-            owner, at, kind = self._record(type_id)
+            owner, at, kind = self.record(type_id)
             if kind in _SIZED:
-                return count * owner._words[at + 2]
+                return count * owner.words[at + 2]
             if kind == Kind.PTR:
                 return count * _POINTER_SIZE
             if kind == Kind.ARRAY:
-                type_id, _, length = owner._words[at + 3 : at + 6]
+                type_id, _, length = owner.words[at + 3 : at + 6]
                 count *= length
             elif kind in _TRANSPARENT or kind == Kind.VAR:
-                type_id = owner._words[at + 2]
+                type_id = owner.words[at + 2]
             else:
                 raise BtfError(f"{self.describe(type_id)} (BTF type {type_id}) has no size")
         raise _too_deep(type_id)
@@ -239,18 +181,14 @@ class Btf:
 
     # ---- questions by id ----
 
-    def __len__(self) -> int:
-        """One more than the highest type id, base included."""
-        return self._first_id + len(self._starts)
-
     def type(self, type_id: int) -> Type:
         """The type with that id."""
-        owner, at, kind = self._record(type_id)
+        owner, at, kind = self.record(type_id)
         if not type_id:
             return Type(0, kind, "")
-        words = owner._words
+        words = owner.words
         name_off, info, third = words[at : at + 3]
-        name = owner._string(name_off)
+        name = owner.string(name_off)
         flag = bool(info >> 31)
         match kind:
             case Kind.INT:
@@ -265,20 +203,20 @@ class Btf:
                 return Struct(type_id, kind, name, third, members)
             case Kind.ENUM:
                 sign = 1 << 31 if flag else 0
-                values = {owner._string(n): (value ^ sign) - sign for n, value in owner._elements(at, 2)}
+                values = {owner.string(n): (value ^ sign) - sign for n, value in owner.elements(at, 2)}
                 return Enum(type_id, kind, name, third, flag, values)
             case Kind.ENUM64:
                 sign = 1 << 63 if flag else 0
-                values = {owner._string(n): ((h << 32 | low) ^ sign) - sign for n, low, h in owner._elements(at, 3)}
+                values = {owner.string(n): ((h << 32 | low) ^ sign) - sign for n, low, h in owner.elements(at, 3)}
                 return Enum(type_id, kind, name, third, flag, values)
             case Kind.FWD:
                 return Fwd(type_id, kind, name, flag)
             case Kind.FUNC_PROTO:
-                params = tuple(Param(owner._string(n), t) for n, t in owner._elements(at, 2))
+                params = tuple(Param(owner.string(n), t) for n, t in owner.elements(at, 2))
                 variadic = params[-1:] == (Param("", 0),)
                 return Function(type_id, kind, name, params[:-1] if variadic else params, third, variadic)
             case Kind.FUNC:
-                if owner._record(third)[2] != Kind.FUNC_PROTO:
+                if owner.record(third)[2] != Kind.FUNC_PROTO:
                     raise BtfError(f"BTF function {name!r} has type {third}, which is no function's type")
                 proto = owner.type(third)
                 assert isinstance(proto, Function)
@@ -286,7 +224,7 @@ class Btf:
             case Kind.VAR:
                 return Variable(type_id, kind, name, third, words[at + 3])
             case Kind.DATASEC:
-                return Section(type_id, kind, name, third, tuple((v, o, s) for v, o, s in owner._elements(at, 3)))
+                return Section(type_id, kind, name, third, tuple((v, o, s) for v, o, s in owner.elements(at, 3)))
             case Kind.DECL_TAG:
                 component = words[at + 3]
                 return Ref(type_id, kind, name, third, component - (component >> 31 << 32), flag)
@@ -303,9 +241,9 @@ class Btf:
 
         Functions and variables are declared by their own names. What has no name is shown as ``struct {...}``.
         """
-        owner, at, kind = self._record(type_id)
+        owner, at, kind = self.record(type_id)
         if kind in (Kind.FUNC, Kind.VAR):
-            return owner._declare(owner._words[at + 2], name or owner._name_at(at), 0)
+            return owner._declare(owner.words[at + 2], name or owner.name_at(at), 0)
         return owner._declare(type_id, name, 0)
 
     # ---- C ----
@@ -314,20 +252,20 @@ class Btf:
         """C's declarators read inside out: wrap ``inner`` in pointers, arrays and parameters down to a named type."""
         qualifiers: list[str] = []
         for _ in range(_MAX_DEPTH):
-            owner, at, kind = self._record(type_id)
+            owner, at, kind = self.record(type_id)
             if len(inner) > _MAX_TEXT or depth > _MAX_DEPTH:
                 break
             if kind in _QUALIFIERS:
                 qualifiers.append(_QUALIFIERS[kind])
             elif kind == Kind.TYPE_TAG:
-                tag = owner._name_at(at)
-                qualifiers.append(f"__attribute__(({tag}))" if owner._words[at + 1] >> 31 else f"__{tag}")
+                tag = owner.name_at(at)
+                qualifiers.append(f"__attribute__(({tag}))" if owner.words[at + 1] >> 31 else f"__{tag}")
             elif kind == Kind.PTR:
                 pointer = "*" + " ".join(qualifiers)
                 inner = f"{pointer} {inner}" if qualifiers and inner else pointer + inner
                 qualifiers = []
             elif kind == Kind.ARRAY:
-                type_id, _, length = owner._words[at + 3 : at + 6]
+                type_id, _, length = owner.words[at + 3 : at + 6]
                 inner = f"{_grouped(inner)}[{length or ''}]"
                 continue
             elif kind == Kind.FUNC_PROTO:
@@ -338,14 +276,14 @@ class Btf:
                 after = [q for q in qualifiers if q.startswith("__")]  # char __user *
                 text = " ".join([*before, owner._base_name(type_id, at, kind), *after])
                 return text + ("" if inner[:1] in ("", "[") else " ") + inner
-            type_id = owner._words[at + 2]
+            type_id = owner.words[at + 2]
         raise _too_deep(type_id)
 
     def _parameters(self, at: int, depth: int) -> str:
         shown: list[str] = []
         size = 0
-        for name, type_id in self._elements(at, 2):
-            shown.append(self._declare(type_id, self._string(name), depth) if type_id else "...")
+        for name, type_id in self.elements(at, 2):
+            shown.append(self._declare(type_id, self.string(name), depth) if type_id else "...")
             size += len(shown[-1])
             if size > _MAX_TEXT:
                 raise _too_deep(type_id)
@@ -354,154 +292,44 @@ class Btf:
     def _base_name(self, type_id: int, at: int, kind: Kind) -> str:
         if not type_id:
             return "void"
-        name = self._name_at(at)
+        name = self.name_at(at)
         match kind:
             case Kind.STRUCT | Kind.UNION | Kind.ENUM | Kind.ENUM64:
                 return f"{'enum' if kind == Kind.ENUM64 else kind.name.lower()} {name or '{...}'}"
             case Kind.FWD:
-                return f"{'union' if self._words[at + 1] >> 31 else 'struct'} {name}"
+                return f"{'union' if self.words[at + 1] >> 31 else 'struct'} {name}"
         return name or f"<{kind.name} {type_id}>"
 
-    # ---- records ----
-
-    @cached_property
-    def _first_id(self) -> int:
-        return 1 if self._base is None else len(self._base)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        """Where each record begins, in words. Records have no common size, so this is the one walk over all of them."""
-        infos = self._words[1:]  # infos[at] is the info word of a record that begins at word `at`
-        lengths: dict[int, int] = {}  # by info word: a few hundred different ones
-        starts: list[int] = []
-        append = starts.append
-        at = 0
-        try:
-            while True:
-                try:
-                    while True:
-                        length = lengths[infos[at]]
-                        append(at)
-                        at += length
-                except KeyError:
-                    lengths[infos[at]] = self._length(infos[at])
-        except IndexError:
-            if at != len(self._words):
-                raise BtfError(f"BTF's last type ends at word {at} of {len(self._words)}") from None
-        return starts
-
-    def _length(self, info: int) -> int:
-        """Words in a record. Bits of `info`: 0 to 23 vlen (once 15), 24 to 30 kind (once 28), 31 kind_flag."""
-        kind = info >> 24 & 0x7F
-        if kind not in self._shapes:
-            raise BtfError(f"BTF has a type of kind {kind}, which this version does not know")
-        once, each = self._shapes[kind]
-        return 3 + once + each * (info & 0xFFFFFF)
-
-    @cached_property
-    def _names(self) -> bytes:
-        """The name offset of every type, packed: a name is found by `bytes.find`."""
-        words = self._words
-        return struct.pack(f"<{len(self._starts)}I", *map(words.__getitem__, self._starts))
-
-    @cached_property
-    def _sorted(self) -> bool:
-        """Whether types are in the order of their names, anonymous ones first: judged by 128 samples."""
-        names = [self._name_at(at) for at in self._starts[:: len(self._starts) // 128 or 1]]
-        return names == sorted(names)
-
-    def _record(self, type_id: int) -> tuple[Btf, int, Kind]:
-        """The blob that holds a type, the word at which its record begins there, and its kind."""
-        if type_id <= 0:
-            if type_id < 0:
-                raise BtfError(f"BTF has no type {type_id}")
-            return self, 0, Kind.UNKN
-        index = type_id - self._first_id
-        if index < 0:
-            assert self._base is not None
-            return self._base._record(type_id)
-        if index >= len(self._starts):
-            raise BtfError(f"BTF has no type {type_id}: its last is {len(self) - 1}")
-        at = self._starts[index]
-        kind = self._words[at + 1] >> 24 & 0x7F
-        return self, at, _KINDS.get(kind, Kind.UNKN)
-
-    def _elements(self, at: int, width: int) -> Iterator[list[int]]:
-        """The vlen elements of a record, `width` words each."""
-        vlen = self._words[at + 1] & 0xFFFFFF
-        for here in range(at + 3, at + 3 + width * vlen, width):
-            yield self._words[here : here + width].tolist()
-
-    def _string(self, offset: int) -> str:
-        if offset < self._first_string:
-            assert self._base is not None
-            return self._base._string(offset)
-        if offset >= self._end_of_strings:
-            raise BtfError(f"BTF has a name at byte {offset}, its strings end at {self._end_of_strings}")
-        start = self._strings + offset - self._first_string
-        return self._data[start : self._data.index(0, start)].decode("utf-8", "surrogateescape")
-
-    def _name_at(self, at: int) -> str:
-        return self._string(self._words[at])
-
-    def _string_offsets(self, name: bytes) -> Iterator[int]:
-        """Where a name is in the strings: once in each blob, as every encoder writes them, sharing no tails either."""
-        if self._base is not None:
-            yield from self._base._string_offsets(name)
-        if self._data.startswith(b"%b\0" % name, self._strings, self._strings_end):
-            yield self._first_string
-        at = self._data.find(b"\0%b\0" % name, self._strings, self._strings_end)
-        if at >= 0:
-            yield self._first_string + at + 1 - self._strings
-
-    def _named(self, name: str) -> Iterator[tuple[int, Kind]]:
-        """The types of that name in this blob."""
-        if not name or "\0" in name:
-            return
-        if self._sorted:
-            index = bisect_left(self._starts, name, key=self._name_at)
-            while index < len(self._starts) and self._name_at(self._starts[index]) == name:
-                type_id = self._first_id + index
-                yield type_id, self._record(type_id)[2]
-                index += 1
-            return
-        for offset in self._string_offsets(name.encode("utf-8", "surrogateescape")):
-            needle = offset.to_bytes(4, "little")
-            at = self._names.find(needle)
-            while at >= 0:
-                if at % 4 == 0:
-                    type_id = self._first_id + at // 4
-                    yield type_id, self._record(type_id)[2]
-                at = self._names.find(needle, at + 1)
+    # ---- names ----
 
     def _find(self, kinds: tuple[Kind, ...], name: str) -> int:
         """The id of the first type of that name whose kind is earliest in `kinds`."""
         later: dict[Kind, int] = {}
-        for type_id, kind in self._named(name):
+        for type_id, kind in self.named(name):
             if kind == kinds[0]:
                 return type_id
             later.setdefault(kind, type_id)
         for kind in kinds:
             if kind in later:
                 return later[kind]
-        if self._base is not None:
-            return self._base._find(kinds, name)
+        if self.base is not None:
+            return self.base._find(kinds, name)
         what = "function" if kinds[0] == Kind.FUNC else kinds[0].name.lower()
         raise BtfLookupError(f"this kernel's BTF has no {what} {name!r}")
 
     def _resolve(self, type_id: int) -> int:
         for _ in range(_MAX_DEPTH):
-            owner, at, kind = self._record(type_id)
+            owner, at, kind = self.record(type_id)
             if kind not in _TRANSPARENT:
                 return type_id
-            type_id = owner._words[at + 2]
+            type_id = owner.words[at + 2]
         raise _too_deep(type_id)
 
     # ---- members ----
 
     def _aggregate(self, name: str) -> int:
         type_id = self._resolve(self._find((*_AGGREGATES, Kind.TYPEDEF), name))
-        if self._record(type_id)[2] not in _AGGREGATES:
+        if self.record(type_id)[2] not in _AGGREGATES:
             raise BtfLookupError(f"{name} is {self.describe(type_id)} in this kernel, which has no members")
         return type_id
 
@@ -510,14 +338,14 @@ class Btf:
 
         With kind_flag set an offset holds the width in its upper 8 bits.
         """
-        flag = self._words[at + 1] >> 31
-        for name, type_id, offset in self._elements(at, 3):
-            yield self._string(name), type_id, offset & 0xFFFFFF if flag else offset, offset >> 24 if flag else 0
+        flag = self.words[at + 1] >> 31
+        for name, type_id, offset in self.elements(at, 3):
+            yield self.string(name), type_id, offset & 0xFFFFFF if flag else offset, offset >> 24 if flag else 0
 
     def _member(self, name: str, type_id: int, position: int, bit_size: int) -> Member:
         size = self.sizeof(type_id)
         target = self._resolve(type_id)
-        if not bit_size and self._record(target)[2] == Kind.INT:
+        if not bit_size and self.record(target)[2] == Kind.INT:
             # Before kind_flag (Linux 5.0) a bit-field had an integer type of its own, narrower than its size.
             integer = self.type(target)
             assert isinstance(integer, Int)
@@ -535,7 +363,7 @@ class Btf:
         while todo:
             type_id, start = todo.pop()
             type_id = self._resolve(type_id)
-            owner, at, kind = self._record(type_id)
+            owner, at, kind = self.record(type_id)
             if kind not in _AGGREGATES or type_id in seen:
                 continue
             seen.add(type_id)
