@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -263,7 +264,7 @@ def tracers(bench: Bench) -> tuple[float, ...]:
     """From nop to function, to function_graph, and back to nop; s each."""
     with bench.mounted() as mount:
         return tuple(
-            seconds(lambda name=name: mount.write("current_tracer", name), mount.pid)  # type: ignore[misc]
+            seconds(partial(mount.write, "current_tracer", name), mount.pid)
             for name in ("function", "function_graph", "nop")
         )
 

@@ -60,14 +60,14 @@ def number(value: float | None) -> str:
 def table(results: Sequence[Result]) -> str:
     """Return the results as lines of columns. QEMU has a column when there is a number for it."""
     compared = any(result.qemu is not None for result in results)
-    rows = [("figure", "value", "target", "reached", "QEMU TCG")]
+    rows: list[tuple[str, ...]] = [("figure", "value", "target", "reached", "QEMU TCG")]
     for result in results:
         figure = result.figure
         bound = f"{'>=' if figure.more_is_better else '<='} {figure.target:,g} {figure.unit}"
         verdict = ("yes" if result.reached else "no") + (f" ({result.why})" if result.why else "")
         rows.append((figure.name, number(result.value), bound, verdict, number(result.qemu)))
     if not compared:
-        rows = [row[:4] for row in rows]  # type: ignore[misc]
+        rows = [row[:4] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = {1, 4}
     lines = (

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,8 +116,8 @@ class OtherUnicorn:
     """A libunicorn that says it is 2.0.1."""
 
     @staticmethod
-    def uc_version(major: ctypes.c_uint32, minor: ctypes.c_uint32) -> int:
-        major._obj.value, minor._obj.value = 2, 0  # type: ignore[attr-defined]
+    def uc_version(major: Any, minor: Any) -> int:  # what ctypes.byref() returns: _obj is what it refers to
+        major._obj.value, minor._obj.value = 2, 0
         return 2 << 24 | 0 << 16 | 1 << 8
 
 
