@@ -132,3 +132,16 @@ class BtfWriter:
 
     def decl_tag(self, name: str, type_id: int, component: int = -1) -> int:
         return self.record(Kind.DECL_TAG, name, type_id, component & 0xFFFFFFFF)
+
+
+def kernel_like() -> BtfWriter:
+    """A few types the way a kernel has them."""
+    w = BtfWriter()
+    i32, u64, char = w.integer("int", 4, SIGNED), w.integer("long unsigned int", 8), w.integer("char", 1, SIGNED)
+    text = w.array(char, 16)
+    thread = w.struct("thread_struct", 16, [("flags", u64, 0), ("sp", u64, 64)])
+    pair = w.struct("", 8, [("pid", i32, 0), ("tgid", i32, 32)])
+    union = w.struct("", 8, [("both", u64, 0), ("", pair, 0)], Kind.UNION)
+    w.struct("task_struct", 48, [("", union, 64), ("thread", thread, 128), ("comm", text, 256)])
+    w.typedef("pid_t", i32)
+    return w

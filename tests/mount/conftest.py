@@ -16,6 +16,7 @@ import pytest
 
 from fakefs import kernels, mountpoint
 from tests.doc_pages import not_run
+from tests.fuse_daemon import Daemon
 from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, running, until
 from tests.uprobes import Program
 
@@ -127,6 +128,16 @@ def m(shared_mount: Mounted, _resetter: Resetter) -> Iterator[Mounted]:
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """A program with the C library in a file of its own."""
     return Program(tmp_path_factory.mktemp("dynamic") / "measure")
+
+
+@pytest.fixture(scope="module")
+def fs(fuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The FUSE layer with no guest under it."""
+    daemon = Daemon(tmp_path_factory.mktemp("fuse") / "mnt")
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
 
 
 # ---- fakefs run

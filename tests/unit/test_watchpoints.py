@@ -1,6 +1,6 @@
 """Watchpoints on a bare CPU: which accesses hit which ranges, and what is reported of them.
 
-The programs run in ring 0 on the bench of test_cpu.py; a debug exception of the guest's ends them in its stub.
+The programs run in ring 0 on the bench of cpu_bench.py; a debug exception of the guest's ends them in its stub.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from emulator.cpu.native import NativeCPU
 from emulator.cpu.watchpoints import Access, Hit, Kind, Watchpoints
 from emulator.errors import EmulatorError
 from emulator.memory import PAGE
-from tests.unit import test_cpu
-from tests.unit.test_cpu import ABSENT, CODE, PT, STACK, Bench
-
-pytestmark = test_cpu.pytestmark
+from tests.cpu_bench import ABSENT, CODE, PT, STACK, STUBS, Bench
 
 DATA = 0x60000  # two pages nothing else uses
 R, W, RW = Access.READ, Access.WRITE, Access.READ | Access.WRITE
@@ -345,7 +342,7 @@ def test_step(bench: Bench) -> None:
         where.append(bench.cpu.read("rip"))
     assert where == sorted(set(where))
     assert bench.cpu.read("rax") == 2
-    assert bench.cpu.read("rip") == test_cpu.STUBS + 16 * 6
+    assert bench.cpu.read("rip") == STUBS + 16 * 6
 
 
 class Range(NamedTuple):
