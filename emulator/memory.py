@@ -7,6 +7,7 @@ Everything the guest names (addresses, lengths) is checked here before the host 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import struct
@@ -28,7 +29,8 @@ class BadAddress(EmulatorError):
 class Memory:
     """`size` bytes of physical memory from address 0, in this process at `host_address`.
 
-    With `backing`, its content comes from that file, mapped privately: pages are shared until written.
+    With `backing`, its content comes from that file, mapped privately: pages are shared until written. The file has a
+    shared lock (flock(2)) for as long as any process has it mapped.
     """
 
     def __init__(self, size: int, backing: Path | None = None) -> None:
@@ -38,6 +40,7 @@ class Memory:
         else:
             fd = os.open(backing, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                fcntl.flock(fd, fcntl.LOCK_SH)  # of the open file, which the mapping keeps
                 self._map = mmap.mmap(
                     fd, size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
                 )

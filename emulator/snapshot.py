@@ -4,16 +4,21 @@ A snapshot is a directory: `ram` (sparse; mapped MAP_PRIVATE, so a restore reads
 share pages), `cpu` (Unicorn's context), `manifest.json` (devices, agent, identity, and what the files must look
 like). Hashing the RAM would cost more than restoring it, so the manifest seals each file by size, modification time
 and inode, as git's index does; when a seal is broken (copied, restored from a backup) the hash decides.
+
+A new one makes old ones go: those of other kernels, options and versions of fakefs that have not been used for long.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,9 @@ from emulator.memory import Memory
 FORMAT = 11
 _MANIFEST_MAX = 1 << 20
 _FILES = ("ram", "cpu", "symbols", "btf")
+KEPT = 16
+"""How many snapshots are left alone, the last used first; about 60 MB each."""
+_RECENT = 3600.0  # seconds: what was used within them stays too, or tests of many kernels would boot each every time
 
 
 class DamagedSnapshot(EmulatorError):
@@ -87,6 +95,7 @@ def save(
         whole = {"format": FORMAT, "memory_size": memory.size, "files": files, **manifest}
         (fresh / "manifest.json").write_text(json.dumps(whole))
         _replace(fresh, directory)
+        _prune(parent)
     except OSError as error:
         raise EmulatorError(
             f"cannot write the snapshot to {parent}: {error.strerror}; free some space there or set FAKEFS_CACHE"
@@ -107,6 +116,33 @@ def _replace(fresh: Path, directory: Path) -> None:
         if not (directory / "manifest.json").exists():  # not a rival that was quicker with the same content
             raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _prune(parent: Path) -> None:
+    """Remove what was not used for long: snapshots beyond the first `KEPT`, and what killed processes have left."""
+    used: list[tuple[float, Path]] = []
+    for path in parent.iterdir():
+        with suppress(OSError):  # another process has removed it
+            used.append((path.stat().st_mtime, path))
+    used.sort(reverse=True)
+    snapshots = [(mtime, path) for mtime, path in used if not path.name.startswith(".")]
+    left = [(mtime, path) for mtime, path in used if path.name.startswith(".")]
+    before = time.time() - _RECENT
+    for mtime, path in [*snapshots[KEPT:], *left]:
+        if mtime < before:
+            with suppress(OSError):  # it is in use, or another process removes it too
+                _remove(path)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory and what is in it, in one step for others. Raises BlockingIOError when its RAM is mapped."""
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError):
+            ram = stack.enter_context((directory / "ram").open("rb"))
+            fcntl.flock(ram, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        old = directory.with_name(f".old-{os.getpid()}-{directory.name.lstrip('.')}")
+        directory.rename(old)
+        shutil.rmtree(old)
 
 
 def open_snapshot(directory: Path) -> Snapshot | None:
@@ -133,6 +169,8 @@ def open_snapshot(directory: Path) -> Snapshot | None:
         _check_file(directory / name, manifest, name)
     if manifest["files"]["ram"]["seal"]["size"] != manifest.get("memory_size"):
         raise DamagedSnapshot(f"{path}: the RAM file has another size")
+    with suppress(OSError):
+        os.utime(directory)  # when it was used last: see _prune()
     return Snapshot(directory, manifest)
 
 
