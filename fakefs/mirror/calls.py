@@ -5,7 +5,6 @@ Numbers are those of x86-64 (arch/x86/entry/syscalls/syscall_64.tbl).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
@@ -30,8 +29,7 @@ class Call(NamedTuple):
     O descriptor that the guest has a file of its own for; B address of data to write; b of room for an answer;
     U user, G group, A address of an array of groups.
 
-    A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified; all of
-    them are from the level `whole` on.
+    A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified.
     """
 
     number: int
@@ -39,10 +37,8 @@ class Call(NamedTuple):
     level: Level
     arguments: str = ""
     only: tuple[Rule, ...] = ()
-    whole: Level | None = None
 
 
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _ARCH_SET_FS = 0x1002
 _PR_SET_NAME = 15
 
@@ -75,8 +71,8 @@ TABLE = (
     Call(200, "tkill", _P),
     Call(234, "tgkill", _P),
     # files by their names
-    Call(2, "open", _F, "Pii", (Rule(2, 1, mask=_WRITING),), _A),
-    Call(257, "openat", _F, "DPii", (Rule(257, 2, mask=_WRITING),), _A),
+    Call(2, "open", _F, "Pii"),
+    Call(257, "openat", _F, "DPii"),
     Call(437, "openat2", _F, "DPH"),
     Call(85, "creat", _F, "Pi"),
     Call(87, "unlink", _F, "L"),
@@ -133,5 +129,4 @@ def rules(level: Level) -> Iterable[Rule]:
     """Yield what the filter has to notify at a level."""
     for call in TABLE:
         if call.level <= level:
-            every = not call.only or (call.whole is not None and level >= call.whole)
-            yield from (Rule(call.number),) if every else call.only
+            yield from call.only or (Rule(call.number),)

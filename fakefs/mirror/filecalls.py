@@ -9,8 +9,9 @@ import os
 import stat
 
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
-from fakefs.mirror.guestpaths import GuestPaths, Wish, place
+from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
 from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.queue import Looks
 from fakefs.mirror.records import Entry, Files
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, Sys
@@ -53,6 +54,22 @@ class FileCalls:
             shadow.cwd = record.cwd
         if results[main] >= 0:
             self._effects(shadow, record, before)
+
+    async def look(self, looks: Looks) -> None:
+        """Make several calls of a thread that change nothing, in one go."""
+        shadow = self._processes.find(looks.tid)
+        if shadow is None:
+            return
+        await self._processes.settle(shadow)
+        await self._paths.make([*looks.above, *looks.seen.values()], writes=False)
+        looks.above.clear()
+        calls: list[Wish] = []
+        for record in looks.records:
+            calls += self._calls(shadow, record)[0]
+            shadow.cwd = record.cwd or shadow.cwd
+        async with shadow.lock:
+            for part in batches(calls):
+                await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
 
     def _calls(self, shadow: Mirrored, record: Files) -> tuple[list[Wish], int]:
         """Return the calls, and which of them is the one."""

@@ -30,7 +30,7 @@ class HostPaths:
         self._told: dict[str, Entry] = {}
 
     def look(self, path: str, *, follow: bool, kernels: bool = False) -> list[Entry]:
-        """Return what is at the parts of an absolute path that were not told yet, and always what is at its end.
+        """Return what was not told yet of the parts of an absolute path, and always what is at its end.
 
         Where a directory is missing, that is the end. `kernels`: below /proc and /sys, where both have directories of
         their own and nothing is looked at, the end is taken for one.
@@ -38,27 +38,25 @@ class HostPaths:
         Raises NotMirrored, and OSError for what the kernel refuses.
         """
         entries: list[Entry] = []
-        parts, at, links = deque(path.split("/")), "", 0
+        parts, at, links = deque(_names(path)), "", 0
         while parts:
             name = parts.popleft()
-            if name in ("", "."):
-                continue
             if name == "..":
                 at = at.rpartition("/")[0]
                 continue
             at = f"{at}/{name}"
             if kernels and at in KERNELS and ".." not in parts:
                 return [*entries, Entry(os.path.normpath("/".join((at, *parts))), stat.S_IFDIR)]
-            last = not any(part not in ("", ".") for part in parts)
-            entry = None if last else self._told.get(at)
-            if entry is None:
-                entry = self._look(at)
+            last = not parts
+            entry = self._look(at)
+            if last or entry != self._told.get(at):
+                self.forget(at)
                 entries.append(entry)
             if stat.S_ISLNK(entry.mode) and (follow or not last):
                 links += 1
                 if links > _LINKS_MAX:
                     raise NotMirrored
-                parts.extendleft(reversed(entry.target.split("/")))
+                parts.extendleft(reversed(_names(entry.target)))
                 at = "" if entry.target.startswith("/") else at.rpartition("/")[0]
             elif not last and not stat.S_ISDIR(entry.mode):
                 break
@@ -87,4 +85,9 @@ class HostPaths:
         if found.st_dev == self._guest_device or (kind in (stat.S_IFCHR, stat.S_IFBLK) and path not in _DEVICES):
             raise NotMirrored
         target = os.readlink(path.lstrip("/"), dir_fd=self._root) if kind == stat.S_IFLNK else ""
-        return Entry(path, found.st_mode, found.st_uid, found.st_gid, found.st_size, target)
+        size = found.st_size if kind == stat.S_IFREG else 0
+        return Entry(path, found.st_mode, found.st_uid, found.st_gid, size, target)
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]

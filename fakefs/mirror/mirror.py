@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections import deque
-from typing import NamedTuple
 
 import trio
 
@@ -18,6 +16,7 @@ from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.queue import Died, Looks, Queue
 from fakefs.mirror.records import (
     PACKET_MAX,
     Birth,
@@ -37,14 +36,7 @@ from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
 
 _PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine
-_QUEUE_MAX = 64  # records; those behind wait in the socket, and the recorder behind that
-
-
-class _Died(NamedTuple):
-    """A process was killed: it did not tell of its end by a call."""
-
-    shadow: Mirrored
-    status: int | None
+_QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder behind that
 
 
 class Mirror:
@@ -59,7 +51,7 @@ class Mirror:
         self._delivery = Delivery(shadows, self._processes)
         self._files = FileCalls(shadows, self._processes, paths)
         self._transfers = Transfers(shadows, self._processes, paths)
-        self._queue: deque[Record | _Died] = deque()
+        self._queue = Queue(in_order=shadows.pump.deterministic)
         self._taken = self._done = 0  # records, since the beginning
         self._arrived = trio.Event()
         self._finished = trio.Event()
@@ -86,14 +78,14 @@ class Mirror:
             return False
         return False
 
-    def _put(self, record: Record | _Died) -> None:
-        self._queue.append(record)
-        self._taken += 1
-        self._arrived.set()
+    def _put(self, record: Record | Died) -> None:
+        if self._queue.put(record):
+            self._taken += 1
+            self._arrived.set()
 
     def _note_death(self, shadow: Mirrored, status: int | None) -> None:
         self._drain()  # what it did before comes before
-        self._put(_Died(shadow, status))
+        self._put(Died(shadow, status))
 
     async def run(self) -> None:
         """Do what the records say, until cancelled."""
@@ -101,7 +93,7 @@ class Mirror:
             while not self._queue:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            record = self._queue.popleft()
+            record = self._queue.take()
             try:
                 with trio.move_on_after(_PATIENCE) as patience:
                     await self._do(record)
@@ -117,9 +109,11 @@ class Mirror:
             finished.set()
             await trio.lowlevel.checkpoint()
 
-    async def _do(self, record: Record | _Died) -> None:
+    async def _do(self, record: Record | Looks | Died) -> None:
         processes = self._processes
         match record:
+            case Looks():
+                await self._files.look(record)
             case Files():
                 await self._files.make(record)
             case Transfer():
@@ -144,11 +138,11 @@ class Mirror:
                     await processes.call(shadow, (number, *arguments))
             case Signal():
                 await self._delivery.send(record)
-            case _Died(shadow, status):
+            case Died(shadow, status):
                 await self._delivery.end(shadow, status)
 
-    async def _give_up(self, record: Record | _Died) -> None:
-        shadow = record.shadow if isinstance(record, _Died) else self._processes.find(record.tid)
+    async def _give_up(self, record: Record | Looks | Died) -> None:
+        shadow = record.shadow if isinstance(record, Died) else self._processes.find(record.tid)
         if shadow is not None:
             with trio.move_on_after(_PATIENCE):
                 await self._processes.give_up(shadow)

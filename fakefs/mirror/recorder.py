@@ -49,11 +49,22 @@ _ARGV_MAX, _ARGUMENT_MAX = 16, 256
 _GENERATIONS = 64
 
 
+Image = tuple[bytes, ...]
+"""Where stack, code, heap and arguments of a program begin: at random places in each."""
+
+
 class Thread(NamedTuple):
     """What is known of a thread of the host's."""
 
     tgid: int
     parent: int
+
+
+class _Execve(NamedTuple):
+    """What a thread has asked execve(2) for, and what its memory was like then."""
+
+    program: Program
+    image: Image | None
 
 
 class Recorder:
@@ -77,12 +88,12 @@ class Recorder:
         self._outside = outside
         self._in_flight = in_flight
         self._threads: dict[int, Thread] = {}
-        self._programs: dict[int, Program] = {}  # what a thread has asked execve(2) for
+        self._programs: dict[int, _Execve] = {}  # what a thread has asked execve(2) for
         self._special: dict[str, Callable[[Notification, Call], Iterable[Record]]] = {
             "set_robust_list": self._birth,
             "execve": self._execve,
             "execveat": self._execve,
-            "arch_prctl": self._new_image,
+            "arch_prctl": self._new_program,
             "exit": self._exit,
             "exit_group": self._exit,
             "prctl": self._prctl,
@@ -145,6 +156,8 @@ class Recorder:
         call = BY_NUMBER[notification.number]
         if notification.tid not in self._threads:
             yield from self._births(notification.tid)
+        if self._programs and self._is_new_image(notification.tid, call):
+            yield from self._new_program(notification, call)
         special = self._special.get(call.name)
         if call.arguments.startswith("O"):
             yield self._transfer(notification, call)
@@ -186,13 +199,24 @@ class Recorder:
             text = os.readlink(f"/proc/{notification.tid}/fd/{directory}")
         file, _ = self._path(notification.tid, directory, text, follow=True)
         argv = list(_argv(notification.tid, arguments[at + 1]))
-        self._programs[notification.tid] = Program(notification.tid, file, argv)
+        program = Program(notification.tid, file, argv)
+        self._programs[notification.tid] = _Execve(program, read_image(notification.tid))
         return ()
 
-    def _new_image(self, notification: Notification, call: Call) -> Iterator[Record]:
+    def _is_new_image(self, tid: int, call: Call) -> bool:
+        """Has execve(2) succeeded, as the thread's memory tells? One that still has the old one had it refused."""
+        asked = self._programs.get(tid)
+        if asked is None or call.name in ("execve", "execveat"):
+            return False
+        image = read_image(tid)
+        if image == asked.image and image is not None:
+            del self._programs[tid]
+        return None not in (image, asked.image) and image != asked.image
+
+    def _new_program(self, notification: Notification, call: Call) -> Iterator[Record]:
         leader = notification.tid
         threads = [tid for tid, thread in self._threads.items() if thread.tgid == leader]
-        programs = [self._programs.pop(tid) for tid in threads if tid in self._programs]
+        programs = [self._programs.pop(tid).program for tid in threads if tid in self._programs]
         if programs:
             for tid in threads:
                 if tid != leader:
@@ -383,3 +407,14 @@ def read_birth(tid: int) -> Birth | None:
         return None
     tgid, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
     return Birth(tid, tgid, parent if tgid == tid else tgid, os.fsdecode(fields[b"Name"]), int(fields[b"Umask"], 8))
+
+
+def read_image(tid: int) -> Image | None:
+    """Return what tells a thread's memory from another program's; None when that cannot be known."""
+    try:
+        with open(f"/proc/{tid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        image = (fields[23], fields[25], *fields[44:46])  # startcode, startstack, start_brk, arg_start: proc(5)
+    except (OSError, IndexError):
+        return None
+    return None if image[1] == b"0" else image  # hidden

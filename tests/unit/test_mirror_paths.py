@@ -57,6 +57,11 @@ def test_directories_are_told_once(paths: HostPaths, tmp_path: Path) -> None:
     assert told(paths.look("/a/b/file/", follow=True)) == [("/a/b/file", "file")]
     paths.forget("/a")
     assert told(paths.look("/a/b/file", follow=True)) == told(first)
+    paths.tell(first)
+    (tmp_path / "a/b").rename(tmp_path / "a/c")
+    (tmp_path / "a/b").symlink_to("c")
+    changed = paths.look("/a/b/file", follow=True)
+    assert told(changed) == [("/a/b", "link"), ("/a/c", "dir"), ("/a/c/file", "file")]
 
 
 def test_links(paths: HostPaths, tmp_path: Path) -> None:

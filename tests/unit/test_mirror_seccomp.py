@@ -85,9 +85,10 @@ def test_levels() -> None:
     assert {"execve", "exit_group", "nanosleep"} <= names[Level.PROCESS] < names[Level.FILES]
     assert {"openat", "unlinkat", "renameat2"} <= names[Level.FILES] - names[Level.PROCESS]
     code = program(calls.rules(Level.FILES))
-    openat = calls.NUMBER["openat"]
-    assert run(code, openat, arguments=[0, 0, os.O_RDONLY | os.O_CLOEXEC]) == _ALLOW
-    assert run(code, openat, arguments=[0, 0, os.O_WRONLY | os.O_CREAT]) == _NOTIFY
+    assert run(code, calls.NUMBER["openat"], arguments=[0, 0, os.O_RDONLY | os.O_CLOEXEC]) == _NOTIFY
+    set_name, get_name = 15, 16
+    assert run(code, calls.NUMBER["prctl"], arguments=[set_name]) == _NOTIFY
+    assert run(code, calls.NUMBER["prctl"], arguments=[get_name]) == _ALLOW
     assert run(code, _READ) == _ALLOW
 
 

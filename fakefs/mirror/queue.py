@@ -1,0 +1,119 @@
+"""The records that wait to be made, in the order they came, with a thread's looks at files put together.
+
+A dynamic program opens files by the dozen when it starts, and having another task of the guest make a call costs
+several times the call. So when the guest is behind, what a thread looks at next is added to the look of its that waits
+already, past other threads' records in between. That differs from the host's order by no more than the guest is
+behind, and records that could make a difference are not passed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fakefs.mirror.calls import NUMBER
+from fakefs.mirror.processes import Mirrored
+from fakefs.mirror.records import Birth, Entry, Files, Program, Record, Transfer
+
+_OPENS = {NUMBER["open"]: 1, NUMBER["openat"]: 2}
+"""Which argument has the flags."""
+_CHANGING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
+_LOOKS = frozenset(
+    NUMBER[name]
+    for name in ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat")
+)
+_MOST = 32
+"""Looks made in one go; a slot has room for four calls of each."""
+
+
+@dataclass(slots=True)
+class Looks:
+    """Calls of one thread that look at files and change nothing.
+
+    `above` are directories and links that waiting records have told of: as they are told once, those that are passed
+    have to be made before.
+    """
+
+    tid: int
+    above: list[Entry]
+    records: list[Files] = field(default_factory=list)
+    seen: dict[str, Entry] = field(default_factory=dict)
+
+    def add(self, record: Files) -> bool:
+        """Add a record of this thread; False when there are enough, or something has changed since the first."""
+        entries = [entry for path in record.paths for entry in path.entries]
+        if len(self.records) == _MOST or any(self.seen.get(entry.path, entry) != entry for entry in entries):
+            return False
+        self.seen.update((entry.path, entry) for entry in entries)
+        self.records.append(record)
+        return True
+
+
+def looks(record: Record) -> bool:
+    """Does a record only look at files, and leave everything as it is?"""
+    if not isinstance(record, Files):
+        return False
+    flags = _OPENS.get(record.number)
+    return record.number in _LOOKS if flags is None else not (record.arguments[flags] or 0) & _CHANGING
+
+
+class Died(NamedTuple):
+    """A process was killed: it did not tell of its end by a call."""
+
+    shadow: Mirrored
+    status: int | None
+
+
+class Queue:
+    """Puts looks together unless `in_order`."""
+
+    def __init__(self, *, in_order: bool = False) -> None:
+        self._waiting: deque[Record | Looks | Died] = deque()
+        self._in_order = in_order
+        self._open: dict[int, Looks] = {}  # the last ones of each thread, that more can be added to
+        self._above: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, record: Record | Died) -> bool:
+        """Take in what comes last; False when that became part of what waits already."""
+        if isinstance(record, Died):
+            self._open.pop(record.shadow.tid, None)
+        elif looks(record):
+            assert isinstance(record, Files)
+            return self._put_look(record)
+        elif isinstance(record, Files):
+            self._open.clear()
+            self._above = []
+        else:
+            self._open.pop(record.tid, None)
+            match record:
+                case Birth(parent=parent):
+                    self._open.pop(parent, None)
+                case Program(file=file) | Transfer(file=file):
+                    self._above += file.entries[:-1]
+        self._waiting.append(record)
+        return True
+
+    def _put_look(self, record: Files) -> bool:
+        for path in record.paths:
+            self._above += path.entries[:-1]
+        waiting = self._open.get(record.tid)
+        if waiting is not None and waiting.add(record):
+            return False
+        new = Looks(record.tid, self._above)
+        new.add(record)
+        if not self._in_order:
+            self._open[record.tid] = new
+        self._waiting.append(new)
+        return True
+
+    def take(self) -> Record | Looks | Died:
+        """Return what is first. Raises IndexError when nothing waits."""
+        first = self._waiting.popleft()
+        if isinstance(first, Looks) and self._open.get(first.tid) is first:
+            del self._open[first.tid]
+        return first

@@ -1,0 +1,80 @@
+"""Opens for reading: each is seen, under the name of the program that made it, and files are what they are now."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from fakefs.records import parse
+from tests.mount.conftest import Run
+from tests.mount.mirrored import SETUP, SHOW, hits
+
+_OPENS = """
+    echo 'p:opened do_sys_openat2 name=+0($arg2):ustring comm=$comm' > kprobe_events
+    echo 'p:found vfs_open name=+0(+0x28(+8($arg1))):string comm=$comm' >> kprobe_events
+    on kprobes sched/sched_process_exec
+    cd "$OLDPWD"
+"""
+
+
+def test_what_a_program_opens_when_it_starts(mirrored: Run) -> None:
+    """Its own name is on it, as it is a program by then, and nothing is left out however many start at once."""
+    done = mirrored(
+        SETUP
+        + _OPENS
+        + """
+        echo text > file
+        for i in $(seq 20); do /bin/cat file > /dev/null & done; wait
+        """
+        + SHOW
+    )
+    seen: dict[int, list[str]] = {}
+    for hit in hits(done):
+        if hit.event == "sched_process_exec" and hit.fields["filename"] == "/bin/cat":
+            seen[hit.pid] = []
+        elif hit.event == "opened" and hit.pid in seen:
+            assert hit.fields["comm"] == 'cat', hit
+            seen[hit.pid].append(str(hit.fields["name"]))
+    assert len(seen) == 20
+    first = next(iter(seen.values()))
+    assert first[0] == "/etc/ld.so.cache"
+    assert first[-1] == "file"
+    assert any("libc.so" in name for name in first)
+    assert all(names == first for names in seen.values())
+
+
+def test_a_file_that_changes_is_the_new_one_in_the_guest(mirrored: Run, tmp_path: Path) -> None:
+    """Whoever changes it, here or outside: missing or not, a file, a directory, behind a link or another one."""
+    outside = "until [ -e ready ]; do sleep 0.01; done; rm one; mv dir moved; ln -s moved dir; touch moved/here changed"
+    with subprocess.Popen(["sh", "-c", outside], cwd=tmp_path):
+        done = mirrored(
+            SETUP
+            + _OPENS
+            + """
+            exec 2> /dev/null
+            look() { : < "$1"; }
+            look one; echo text > one; look one; rm one; look one
+            mkdir one; look one; rmdir one; ln -s two one; look one; echo text > two; look one
+            mkdir dir; echo text > dir/there; look dir/there
+            touch ready; until [ -e changed ]; do :; done
+            look one; look dir/there; look dir/here
+            """
+            + SHOW
+        )
+    names = ("one", "two", "there", "here", "dir/there", "dir/here")
+    events = [
+        (hit.event, hit.fields["name"])
+        for hit in parse(done.stdout)
+        if hit.event in ("opened", "found") and hit.fields["comm"] == "bash" and hit.fields["name"] in names
+    ]
+    assert events == [
+        *[("opened", "one")],
+        *[("opened", "one"), ("found", "one")] * 2,
+        *[("opened", "one")],
+        *[("opened", "one"), ("found", "one")],
+        *[("opened", "one")],
+        *[("opened", "two"), ("found", "two"), ("opened", "one"), ("found", "two")],
+        *[("opened", "dir/there"), ("found", "there")] * 2,
+        *[("opened", "one")],
+        *[("opened", "dir/there"), ("found", "there"), ("opened", "dir/here"), ("found", "here")],
+    ]
