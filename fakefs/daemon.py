@@ -21,6 +21,7 @@ from fakefs.errors import UserError, first_of
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
+from fakefs.mirror.calls import Level
 from fakefs.prepare import noted
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
@@ -46,6 +47,7 @@ class Service:
     options: MountOptions = field(default_factory=MountOptions)
     private: bool = False  # in a mount namespace of its own, with which the mount ends
     records: socket.socket | None = None  # from the recorder of processes that are mirrored
+    level: Level = Level.OFF  # at which they are
 
     @property
     def filesystem(self) -> bytes:
@@ -82,7 +84,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         if service.records is not None:
-            _mirror(shadows, service.records, nursery)
+            _mirror(shadows, service.records, service.level, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
@@ -100,14 +102,14 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> None:
+def _mirror(shadows: Shadows, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
     import resource
 
     from fakefs.mirror.mirror import Mirror
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
-    mirror = Mirror(shadows, records, nursery)
+    mirror = Mirror(shadows, records, level, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)
     nursery.start_soon(mirror.run)

@@ -100,6 +100,9 @@ TABLE = (
     Call(260, "fchownat", _F, "DPiii"),
     Call(80, "chdir", _F, "P"),
     Call(81, "fchdir", _F, "F"),
+    # what is waited for
+    Call(61, "wait4", _A),
+    Call(247, "waitid", _A),
     # what is looked at
     Call(4, "stat", _A, "Pb"),
     Call(6, "lstat", _A, "Lb"),

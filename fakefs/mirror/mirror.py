@@ -12,6 +12,7 @@ import sys
 
 import trio
 
+from fakefs.mirror.calls import Level
 from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
@@ -30,6 +31,7 @@ from fakefs.mirror.records import (
     Signal,
     Sleep,
     Transfer,
+    Wait,
     decode,
 )
 from fakefs.mirror.transfers import Transfers
@@ -42,12 +44,12 @@ _QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder 
 class Mirror:
     """Implements `fakefs.shadow.Watching`. `records` is the socket from the recorder."""
 
-    def __init__(self, shadows: Shadows, records: socket.socket, nursery: trio.Nursery) -> None:
+    def __init__(self, shadows: Shadows, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
         self._socket = records
         records.setblocking(False)
         paths = GuestPaths(shadows)
         self._shadows = shadows
-        self._processes = Processes(shadows, paths, nursery, self._note_death)
+        self._processes = Processes(shadows, paths, nursery, self._note_death, reaped=level >= Level.ALL)
         self._delivery = Delivery(shadows, self._processes)
         self._files = FileCalls(shadows, self._processes, paths)
         self._transfers = Transfers(shadows, self._processes, paths)
@@ -111,6 +113,9 @@ class Mirror:
 
     async def _do(self, record: Record | Looks | Died) -> None:
         processes = self._processes
+        if not isinstance(record, Died):
+            for child, status in processes.ended_children(record.tid):  # that is why it has gone on
+                await self._delivery.end(child, status)
         match record:
             case Looks():
                 await self._files.look(record)
@@ -124,6 +129,8 @@ class Mirror:
                 await processes.execute(record)
             case Exit():
                 await processes.exit(record)
+            case Wait():
+                await processes.wait(record)
             case Sleep():
                 await processes.sleep(record)
             case Credentials():

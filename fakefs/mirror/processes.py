@@ -20,10 +20,10 @@ from typing import NamedTuple
 import trio
 
 from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Task, strings
-from fakefs.mirror.blocking import Blocked, Blocking
+from fakefs.mirror.blocking import LASTING, Blocked, Blocking
 from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
-from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep
+from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Wait
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -32,6 +32,7 @@ KEPT = 1 << (signal.SIGINT - 1)
 """The one signal that is not blocked: it interrupts a shadow, and has a handler."""
 _WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
 _COMM_MAX = 15
+_ANSWER_SIZE = 256  # room for a status, siginfo or rusage
 # <linux/pidfd.h>: struct pidfd_info, of which what is asked for, and the status
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO = 0xC040FF0B, 1 << 3, struct.Struct("<Q52xi")
 
@@ -51,17 +52,19 @@ class Mirrored(Shadow):
     that will have ended it, if nothing else is known of its end.
     """
 
-    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "tgid", "umask")
+    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "parent", "status", "tgid", "umask")
     apart = True
     root = OTHER_ROOT
 
     def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
         super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)
         self.tgid = birth.tgid
+        self.parent = birth.parent
         self.umask = birth.umask
         self.files: dict[int, OpenFile] = {}
         self.cwd = "/"
-        self.ended = False  # its process has, on the host
+        self.ended = False  # its process has, on the host, without telling
+        self.status: int | None = None  # with which it has
         self.blocked: Blocked | None = None
         self.doomed = int(signal.SIGKILL)
 
@@ -76,10 +79,17 @@ class Processes:
     """All mirrored processes.
 
     `died` is called when one was killed on the host, with its status as wait(2) has it, or None.
+    `reaped`: it is waited for by its parent's shadow, as mirrored processes do.
     """
 
     def __init__(
-        self, shadows: Shadows, paths: GuestPaths, nursery: trio.Nursery, died: Callable[[Mirrored, int | None], None]
+        self,
+        shadows: Shadows,
+        paths: GuestPaths,
+        nursery: trio.Nursery,
+        died: Callable[[Mirrored, int | None], None],
+        *,
+        reaped: bool,
     ) -> None:
         self._shadows = shadows
         self._pump = shadows.pump
@@ -87,6 +97,7 @@ class Processes:
         self._paths = paths
         self._nursery = nursery
         self._died = died
+        self._reaped = reaped
         self._bearing = trio.Lock()
         self.blocking = Blocking(shadows)
         self._ends = select.poll()
@@ -156,10 +167,12 @@ class Processes:
         at = shadow.task.virtual
         async with shadow.lock:
             self._agent.put(shadow.task, 0, struct.pack("<Q", ~KEPT & (1 << 64) - 1))
+            self._agent.put(shadow.task, 512, bytes(32))  # SIG_DFL: init ignores it, and its children leave no trace
             self._agent.put(shadow.task, 64, OTHER_ROOT + b"\0/\0" + shadow.comm[:_COMM_MAX] + b"\0")
             await self._pump.call(
                 shadow.task,
                 [
+                    *([(Sys.RT_SIGACTION, signal.SIGCHLD, at(512), 0, 8)] if self._reaped else []),
                     (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(0), 0, 8),
                     (Sys.CLOSE_RANGE, 0, WINDOW_FD - 1, 0),
                     (Sys.SETSID,),
@@ -256,7 +269,7 @@ class Processes:
         try:
             fd = os.pidfd_open(shadow.tid)
         except ProcessLookupError:
-            self._died(shadow, None)
+            self._ended(shadow, None)
             return
         except OSError:
             return  # no descriptors left: it is followed only if it tells of its end
@@ -275,10 +288,33 @@ class Processes:
         for fd, _ in self._ends.poll(0):
             shadow = self._followed[fd]
             if not shadow.ended and not shadow.task.dead:
-                shadow.ended = True
-                self._died(shadow, read_exit_status(fd, shadow.tid))
+                self._ended(shadow, read_exit_status(fd, shadow.tid))
+
+    def _ended(self, shadow: Mirrored, status: int | None) -> None:
+        shadow.ended, shadow.status = True, status
+        self._died(shadow, status)
+
+    def ended_children(self, tid: int) -> list[tuple[Mirrored, int | None]]:
+        """Return the children of a thread that is waiting for one which have ended by now without telling."""
+        shadow = self.find(tid)
+        if shadow is None or shadow.blocked is None or shadow.blocked.until is not None:
+            return []
+        self.look_for_ends()
+        everybody = [each for each in self._shadows.all() if isinstance(each, Mirrored)]
+        return [(each, each.status) for each in everybody if each.ended and each.parent == shadow.tgid]
 
     # ---- calls that block
+
+    async def wait(self, record: Wait) -> None:
+        """wait4(2) or waitid(2)."""
+        shadow = self.find(record.tid)
+        if shadow is None:
+            return
+        await self.settle(shadow)
+        async with shadow.lock:
+            room = shadow.task.virtual(LASTING)
+            words = [room + _ANSWER_SIZE * at if word is None else word for at, word in enumerate(record.arguments)]
+            await self.blocking.begin(shadow, [(record.number, *words)])
 
     async def settle(self, shadow: Mirrored) -> None:
         """Return when a shadow can make calls: on the host, its thread has just done so."""

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -32,6 +33,7 @@ from fakefs.mirror.records import (
     Record,
     Sleep,
     Transfer,
+    Wait,
     encode,
 )
 from fakefs.mirror.seccomp import Listener, Notification, read_memory, read_string
@@ -40,6 +42,7 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _TIMER_ABSTIME = 1
+_P_PIDFD = 3
 _OPEN_HOW = struct.Struct("<QQQ")
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
@@ -98,6 +101,8 @@ class Recorder:
             "exit_group": self._exit,
             "prctl": self._prctl,
             "setsid": self._plain,
+            "wait4": self._wait,
+            "waitid": self._wait,
             "nanosleep": self._sleep,
             "clock_nanosleep": self._sleep,
             "kill": self._signal,
@@ -127,9 +132,13 @@ class Recorder:
     def _note(self, notification: Notification) -> None:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile."""
         records: list[Record] = []
-        with suppress(OSError, NotMirrored, ValueError, struct.error):  # gone, not for the guest, or nonsense
+        try:
             for record in self._records(notification):
                 records.append(record)  # those before an error are wanted
+        except (OSError, NotMirrored, ValueError, struct.error):
+            pass  # gone, not for the guest, or nonsense
+        except Exception as error:  # a fault of ours must not end the record of all that follows
+            sys.stderr.write(f"fakefs: a call was not recorded: {error!r}; please report this\n")
         if self._listener.is_valid(notification.id):
             for record in records:
                 self._send(record)
@@ -156,6 +165,8 @@ class Recorder:
         call = BY_NUMBER[notification.number]
         if notification.tid not in self._threads:
             yield from self._births(notification.tid)
+            if notification.tid not in self._threads:
+                return  # it has been killed
         if self._programs and self._is_new_image(notification.tid, call):
             yield from self._new_program(notification, call)
         special = self._special.get(call.name)
@@ -258,6 +269,16 @@ class Recorder:
             if birth is not None and birth.parent in self._threads:
                 yield from self._births(target)
         yield signals.sent(notification, call, {tid: thread.tgid for tid, thread in self._threads.items()})
+
+    def _wait(self, notification: Notification, call: Call) -> Iterator[Record]:
+        """A child that nobody has seen yet would not be waited for."""
+        tid, values = notification.tid, notification.arguments
+        yield from self._unseen_children(self._threads[tid].tgid, tid)
+        if call.name == "wait4":
+            yield Wait(tid, call.number, [_signed(values[0]), _room(values[1]), _signed(values[2]), _room(values[3])])
+        elif values[0] != _P_PIDFD:
+            numbers = [_signed(values[0]), _signed(values[1]), _room(values[2]), _signed(values[3]), _room(values[4])]
+            yield Wait(tid, call.number, numbers)
 
     def _sleep(self, notification: Notification, call: Call) -> Iterator[Record]:
         clock, flags, at = None, 0, notification.arguments[0]
@@ -387,6 +408,10 @@ def _argv(tid: int, address: int) -> Iterator[str]:
         yield os.fsdecode(read_memory(tid, int.from_bytes(word, "little"), _ARGUMENT_MAX).split(b"\0")[0])
 
 
+def _room(address: int) -> int | None:
+    return None if address else 0
+
+
 def _signed(value: int) -> int:
     """Return an int argument, of which the upper half of the register says nothing."""
     value &= 0xFFFFFFFF
@@ -402,9 +427,16 @@ def read_birth(tid: int) -> Birth | None:
         if error.errno not in (errno.ENOENT, errno.ESRCH):
             raise
         return None
+    return parse_birth(tid, text)
+
+
+def parse_birth(tid: int, text: bytes) -> Birth | None:
+    """Parse /proc/TID/status. Raises ValueError, when it is something else."""
     fields = dict(line.split(b":\t", 1) for line in text.split(b"\n") if b":\t" in line)
-    if fields.get(b"State", b"Z")[:1] in b"ZX":
-        return None
+    if b"Umask" not in fields or fields.get(b"State", b"Z")[:1] in b"ZX":
+        return None  # it is ending: that it has given up already
+    if not {b"Tgid", b"PPid", b"Name"} <= fields.keys():
+        raise ValueError("not /proc/TID/status")
     tgid, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
     return Birth(tid, tgid, parent if tgid == tid else tgid, os.fsdecode(fields[b"Name"]), int(fields[b"Umask"], 8))
 

@@ -84,6 +84,14 @@ class Plain(NamedTuple):
     arguments: list[int]
 
 
+class Wait(NamedTuple):
+    """A call that waits for a child. `arguments` has None where an address for an answer is given."""
+
+    tid: int
+    number: int
+    arguments: list[int | None]
+
+
 class Signal(NamedTuple):
     """kill(2), tkill(2) or tgkill(2). It is sent `to` these processes or threads; `caught` are those with a handler."""
 
@@ -136,7 +144,7 @@ class Transfer(NamedTuple):
     data: str
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Signal | Credentials | Files | Transfer
+Record = Birth | Program | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in get_args(Record)}
 
 

@@ -11,6 +11,14 @@ SETUP = """
     cd /sys/kernel/tracing
     on() { for event; do echo 1 > events/$event/enable; done; }
 """
+SEEN = """
+    seen() {
+        mapfile -t lines < /sys/kernel/tracing/trace
+        for line in "${lines[@]}"; do [[ $line != *"$1"*"$2"* ]] || return 0; done
+        return 1
+    }
+"""
+"""The shell function `seen` tells whether a line of the trace has $1 and behind that $2."""
 SHOW = """
     echo 0 > /sys/kernel/tracing/tracing_on
     grep -v '^#' /sys/kernel/tracing/trace
