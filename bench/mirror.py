@@ -20,6 +20,22 @@ def once():
     return taken
 print(statistics.median(once() for _ in range(500)) * 1000)
 """
+_NOT_MIRRORED = """
+import os, time
+def once():
+    start = time.perf_counter()
+    for _ in range(20000):
+        os.getppid()
+    return (time.perf_counter() - start) / 20000
+print(min(once() for _ in range(50)) * 1e6)
+"""
+_AT_ONCE = 'for i in $(seq "$1"); do /bin/true & done; wait'
+_COUNT = """
+cd /sys/kernel/tracing/events/sched/sched_process_exit
+echo hist:keys=comm > trigger
+{ %s; } > /dev/null
+awk '/comm: true/ {print $NF}' hist
+"""
 _TRUE = 'for i in $(seq "$1"); do /bin/true; done'
 _NOW = "date +%s.%N"
 
@@ -58,6 +74,28 @@ def configure(bench: Bench) -> tuple[float, ...]:
     return ((mirrored[1] - mirrored[0]) / (without[1] - without[0]),)
 
 
+def at_once(bench: Bench) -> tuple[float, ...]:
+    """500 small programs at once: until the guest has followed, s; and of how many it has not seen the exit."""
+    count = 100 if bench.quick else 500
+    begin, _, followed = _run(bench, "files", _timed(_AT_ONCE), str(count))
+    seen = _run(bench, "files", _COUNT % _AT_ONCE, str(count))
+    return (followed - begin) * 500 / count, count - sum(seen)
+
+
+def listing(bench: Bench) -> tuple[float, ...]:
+    """ls -lR of a directory of 10,000 files, and until the guest has followed, s."""
+    files = "mkdir files; (cd files; seq 10000 | xargs touch); cat /sys/kernel/tracing/tracing_on > files/1"
+    script = f"{files}; {_timed('ls -lR files')}"
+    begin, _, followed = _run(bench, "files", script)
+    return (followed - begin,)
+
+
+def not_mirrored(bench: Bench) -> tuple[float, ...]:
+    """What a call that nobody is told of takes more than without mirroring, us."""
+    without, mirrored = (_run(bench, mirror, f"python3 -c '{_NOT_MIRRORED}'")[0] for mirror in ("off", "files"))
+    return (mirrored - without,)
+
+
 MEASUREMENTS = (
     Measurement(open_for_writing, (Figure("mirror_open", "mirrored open(2), p50", "ms", 0.5),)),
     Measurement(
@@ -67,5 +105,14 @@ MEASUREMENTS = (
             Figure("mirror_spawn", "fork+exec+exit, until the guest has followed", "ms", 4),
         ),
     ),
+    Measurement(
+        at_once,
+        (
+            Figure("mirror_at_once", "500 x true at once, until the guest has followed", "s", 6),
+            Figure("mirror_lost", "of these, not seen by the guest", "programs", 0),
+        ),
+    ),
+    Measurement(listing, (Figure("mirror_listing", "ls -lR of 10,000 files, mirrored", "s", 10),)),
+    Measurement(not_mirrored, (Figure("mirror_not", "more for a call that is not mirrored", "us", 0.1),)),
     Measurement(configure, (Figure("mirror_configure", "a script like configure, mirrored", "x", 2.5),)),
 )
