@@ -298,32 +298,3 @@ def test_open_files(run: Run) -> None:
     assert ("dd", "reads", 3) in told
     assert ("stat", "looks", None) in told
     assert 'text="hello' in done.stdout
-
-
-def test_a_wprobe_follows_the_dentry_of_a_hosts_file(run: Run) -> None:
-    """The example of the wprobe documentation: watched from its truncation on, until its dentry is freed."""
-    done = run(
-        """
-        cd /sys/kernel/tracing
-        kill=$(grep -m 1 -xE '(__)?dentry_kill' available_filter_functions)
-        echo 'w:watch rw@-1:8 address=$addr' >> dynamic_events
-        echo 'f:truncate do_truncate dentry=$arg2' >> dynamic_events
-        echo "f:dentrykill $kill dentry=\\$arg1" >> dynamic_events
-        echo 'set_wprobe:watch:dentry' >> events/fprobes/truncate/trigger
-        echo 'clear_wprobe:watch:dentry' >> events/fprobes/dentrykill/trigger
-        echo 1 >> events/fprobes/enable
-        cd "$OLDPWD"
-        echo aaa > hoge; echo bbb > hoge; echo ccc > hoge; rm hoge
-        echo 0 >> /sys/kernel/tracing/tracing_on
-        grep -v '^#' /sys/kernel/tracing/trace
-        """
-    )
-    seen = hits(done)
-    truncated, *rest = [(hit.event, hit.task, hit.pid) for hit in seen]
-    assert truncated[:2] == ("truncate", "bash")
-    assert [hit.fields["dentry"] for hit in seen if hit.event == "dentrykill"] == [seen[0].fields["dentry"]]
-    assert {hit.fields["address"] for hit in seen if hit.event == "watch"} == {seen[0].fields["dentry"]}
-    watched = [(task, pid) for event, task, pid in rest if event == "watch"]
-    assert ("bash", truncated[2]) in watched
-    assert {task for task, _ in watched} == {"bash", "rm"}
-    assert rest[-1][:2] == ("dentrykill", "rm")
