@@ -12,6 +12,7 @@ Everything of fakefs is imported when the first test asks for it: others pay not
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,10 +20,11 @@ import pytest
 
 if TYPE_CHECKING:
     from fakefs.forkserver import ForkServer, Order
-    from fakefs.testbed import Run, Tracefs
+    from fakefs.testbed import FreshTracefs, Run
 
 _MARK = "fakefs"
-_ARGUMENTS = ("kernel", "memory", "append", "deterministic", "wprobe")
+_SETTINGS = ("kernel", "memory", "append", "deterministic", "wprobe")
+_ARGUMENTS = (*_SETTINGS, "root")
 
 
 class _Reporter(Protocol):
@@ -50,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{_MARK}({', '.join(f'{name}=...' for name in _ARGUMENTS)}): {what}")
 
 
-def _order(request: pytest.FixtureRequest) -> Order:
-    """What marks say, the nearest first, then the command line, then the ini file."""
+def _order(config: pytest.Config, **chosen: object) -> Order:
+    """What is chosen here, else on the command line, else in the ini file."""
     from argparse import ArgumentTypeError
 
     from fakefs.cli import _size as size
@@ -59,26 +61,35 @@ def _order(request: pytest.FixtureRequest) -> Order:
     from fakefs.forkserver import Order
     from fakefs.testbed import find_kernel
 
-    config = request.config
-    chosen = {name: config.getini(f"fakefs_{name}") for name in _ARGUMENTS}
-    chosen["kernel"] = config.getoption("--fakefs-kernel") or chosen["kernel"]
-    for mark in reversed(list(request.node.iter_markers(_MARK))):
-        unknown = set(mark.kwargs) - set(_ARGUMENTS)
-        if mark.args or unknown:
-            pytest.fail(f"@pytest.mark.{_MARK} takes {', '.join(_ARGUMENTS)}, not {[*mark.args, *unknown]}", False)
-        chosen |= mark.kwargs
-    if chosen["wprobe"] not in ("unlimited", "strict", "off"):
-        pytest.fail(f"fakefs: wprobe={chosen['wprobe']!r} is not one of unlimited, strict, off", False)
+    unknown = set(chosen) - set(_ARGUMENTS)
+    if unknown:
+        pytest.fail(f"fakefs: a kernel is chosen by {', '.join(_ARGUMENTS)}, not {sorted(unknown)}", False)
+    given = {name: config.getini(f"fakefs_{name}") for name in _SETTINGS} | {"root": Order.root}
+    given["kernel"] = config.getoption("--fakefs-kernel") or given["kernel"]
+    given |= chosen
+    if given["wprobe"] not in ("unlimited", "strict", "off"):
+        pytest.fail(f"fakefs: wprobe={given['wprobe']!r} is not one of unlimited, strict, off", False)
     try:
-        kernel = find_kernel(str(chosen["kernel"])) if chosen["kernel"] else None
-        memory = size(str(chosen["memory"])) if chosen["memory"] else 0
+        kernel = find_kernel(str(given["kernel"])) if given["kernel"] else None
+        memory = size(str(given["memory"])) if given["memory"] else 0
     except (UserError, ArgumentTypeError) as error:
         pytest.fail(f"fakefs: {error}", False)
-    return Order(kernel, memory, str(chosen["append"]), bool(chosen["deterministic"]), str(chosen["wprobe"]))
+    texts = {name: str(given[name]) for name in ("append", "wprobe", "root")}
+    return Order(kernel, memory, deterministic=bool(given["deterministic"]), **texts)
 
 
-def _remember(request: pytest.FixtureRequest, name: str, reporter: _Reporter) -> None:
-    request.node.stash.setdefault(_USED, []).append((name, reporter))
+def _marked(request: pytest.FixtureRequest) -> Order:
+    """What the marks of a test say, the nearest first."""
+    chosen: dict[str, object] = {}
+    for mark in reversed(list(request.node.iter_markers(_MARK))):
+        if mark.args:
+            pytest.fail(f"@pytest.mark.{_MARK} takes {', '.join(_ARGUMENTS)}, not {mark.args}", False)
+        chosen |= mark.kwargs
+    return _order(request.config, **chosen)
+
+
+def _remember(node: pytest.Item | pytest.Session, name: str, reporter: _Reporter) -> None:
+    node.stash.setdefault(_USED, []).append((name, reporter))
 
 
 @pytest.fixture(scope="session")
@@ -97,23 +108,43 @@ def fakefs_server(request: pytest.FixtureRequest) -> Iterator[ForkServer]:
     server.close()
 
 
+def _mount(server: ForkServer, places: pytest.TempPathFactory, order: Order) -> FreshTracefs:
+    from fakefs.errors import UserError
+    from fakefs.testbed import FreshTracefs
+
+    directory = places.mktemp("tracefs") / "tracing"
+    directory.mkdir()
+    try:
+        return FreshTracefs(server, directory, order)
+    except UserError as error:
+        pytest.fail(f"fakefs: {error}", pytrace=False)
+
+
 @pytest.fixture
 def tracefs(
     request: pytest.FixtureRequest, fakefs_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Tracefs]:
+) -> Iterator[FreshTracefs]:
     """The tracefs of a fresh kernel, mounted at `.path`: see fakefs.testbed.Tracefs."""
-    from fakefs.errors import UserError
-    from fakefs.testbed import Tracefs
-
-    directory = tmp_path_factory.mktemp("tracefs") / "tracing"
-    directory.mkdir()
-    try:
-        mounted = Tracefs(fakefs_server, directory, _order(request))
-    except UserError as error:
-        pytest.fail(f"fakefs: {error}", pytrace=False)
-    _remember(request, "tracefs", mounted)
+    mounted = _mount(fakefs_server, tmp_path_factory, _marked(request))
+    _remember(request.node, "tracefs", mounted)
     yield mounted
     mounted.close()
+
+
+@pytest.fixture(scope="session")
+def new_tracefs(
+    request: pytest.FixtureRequest, fakefs_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., FreshTracefs]]:
+    """Mount further kernels, each until it is closed or the session ends: `new_tracefs(wprobe="off")`."""
+    with ExitStack() as stack:
+
+        def new(**chosen: object) -> FreshTracefs:
+            mounted = _mount(fakefs_server, tmp_path_factory, _order(request.config, **chosen))
+            stack.callback(mounted.close)
+            _remember(request.session, "new_tracefs", mounted)
+            return mounted
+
+        yield new
 
 
 @pytest.fixture
@@ -123,13 +154,13 @@ def fakefs_run(
     """Run a shell script, or a file that is one, with a fresh kernel at /sys/kernel/tracing: see fakefs.testbed.Run."""
     from fakefs.testbed import run_at_real_paths, script_argv
 
-    order = _order(request)
+    order = _marked(request)
 
     def run(script: str | Path, *arguments: str, timeout: float = 60.0) -> Run:
         argv = script_argv(script) if isinstance(script, Path) else ["sh", "-c", script, "sh"]
         kept = tmp_path_factory.mktemp("fakefs-run")
         done = run_at_real_paths(fakefs_server, [*argv, *arguments], order, kept, timeout)
-        _remember(request, "fakefs_run", done)
+        _remember(request.node, "fakefs_run", done)
         return done
 
     return run
@@ -140,6 +171,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Add to the report of a failed test what its kernels have to say."""
     report = yield
     if report.failed and report.when != "teardown":
-        for name, reporter in item.stash.get(_USED, []):
+        for name, reporter in item.stash.get(_USED, []) + item.session.stash.get(_USED, []):
             report.sections += [(f"{name}: {title}", text or "(empty)") for title, text in reporter.sections()]
     return report

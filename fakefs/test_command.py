@@ -118,7 +118,7 @@ def _version(order: Order) -> str:
 def _test(server: ForkServer, script: Path, order: Order, timeout: float, *, real_paths: bool) -> _Outcome:
     from tempfile import TemporaryDirectory
 
-    from fakefs.testbed import Tracefs, run_at_real_paths, script_argv
+    from fakefs.testbed import FreshTracefs, run_at_real_paths, script_argv
 
     with TemporaryDirectory(prefix="fakefs-test-") as temporary:
         if real_paths:
@@ -127,7 +127,7 @@ def _test(server: ForkServer, script: Path, order: Order, timeout: float, *, rea
             return _Outcome(done.status, done.sections())
         directory = Path(temporary, "tracing")
         directory.mkdir()
-        with closing(Tracefs(server, directory, order)) as tracefs:
+        with closing(FreshTracefs(server, directory, order)) as tracefs:
             return _run_in(tracefs, script_argv(script), timeout)
 
 

@@ -6,6 +6,7 @@ For the pytest plugin (`fakefs.pytest_plugin`) and `fakefs test` (`fakefs.test_c
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fakefs.errors import UserError
 from fakefs.forkserver import ForkServer, Order
@@ -53,6 +55,15 @@ def _hits(lines: Sequence[str], event: str) -> list[Record]:
     return [record for record in parse(lines) if record.event == name]
 
 
+def _switch(file: Path, value: bytes) -> None:
+    """Write to a file as it is: truncating it would be seen by probes of that."""
+    fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+
+
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
@@ -80,23 +91,13 @@ def missing() -> str:
 
 
 class Tracefs:
-    """A fresh kernel's tracefs, mounted at `path` until `close()`. Names of files are relative to it."""
+    """A mounted tracefs, whoever has mounted it. Names of files are relative to `path`, its directory."""
 
-    def __init__(self, server: ForkServer, directory: Path, order: Order) -> None:
-        """Mount on an empty directory; the daemon's log goes beside it. Raises UserError."""
-        self.path = directory
-        self._server = server
+    def __init__(self, path: Path, log: Path | None = None) -> None:
+        """`log` is what the daemon writes its complaints to, for reports."""
+        self.path = path
+        self.log = log
         self._taken = b""
-        self.log = directory.with_name(directory.name + ".log")
-        self.pid = server.mount(directory, self.log, order)
-
-    def close(self) -> None:
-        """Unmount, and end the kernel, whatever is still open in it."""
-        from fakefs import mountpoint
-
-        self._server.end(self.pid)
-        if mountpoint.is_stale(self.path):
-            mountpoint.discard_stale(self.path)
 
     # ---- files
 
@@ -129,11 +130,11 @@ class Tracefs:
         switch = path.with_name("tracing_on")
         if path.name != "trace" or switch.read_bytes() != b"1\n":
             return _text(path.read_bytes())
-        switch.write_text("0")
+        _switch(switch, b"0")
         try:
             return _text(path.read_bytes())
         finally:
-            switch.write_text("1")
+            _switch(switch, b"1")
 
     def lines(self, file: str) -> list[str]:
         """The lines of a file but for empty ones and comments; of `trace` also those that `wait_for()` has read."""
@@ -174,7 +175,28 @@ class Tracefs:
             os.close(fd)
         return found
 
-    # ---- the guest
+    # ---- programs
+
+    def sh(
+        self, script: str, *arguments: str, timeout: float = 60.0, cwd: Path | None = None, merge: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script by this machine's bash, in the mount or in `cwd`; $TRACEFS names it.
+
+        The status is 124 when it took more than `timeout` seconds. `merge` sends errors where the output goes. Raises
+        subprocess.TimeoutExpired when it could not even be killed then, as the mount does not answer.
+        """
+        return subprocess.run(
+            ["timeout", "-k", str(_KILL_AFTER), str(timeout), "bash", "-c", script, "bash", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+            cwd=cwd or self.path,
+            env={**os.environ, "TRACEFS": str(self.path)},
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=timeout + _KILL_AFTER + 10,
+            check=False,
+        )
 
     def guest(
         self, cmd: str | Sequence[str], stdin: str = "", timeout: float = 60.0, check: bool = True
@@ -218,6 +240,13 @@ class Tracefs:
 
         return client.ask(client.find_mount(self.path), {"do": "console"})
 
+    def status(self) -> dict[str, Any]:
+        """What `fakefs status` tells."""
+        from fakefs import client
+
+        status: dict[str, Any] = json.loads(client.ask(client.find_mount(self.path), {"do": "status"}))
+        return status
+
     # ---- when a test has failed
 
     def sections(self) -> list[tuple[str, str]]:
@@ -227,7 +256,7 @@ class Tracefs:
             ("error_log", self.error_log),
             ("dynamic_events", lambda: self.read("dynamic_events")),
             ("console", lambda: _tail(self.console().splitlines())),
-            ("daemon's log", lambda: self.log.read_text(errors="replace")),
+            ("daemon's log", lambda: self.log.read_text(errors="replace") if self.log else ""),
         ]
         found = []
         for title, read in readers:
@@ -238,6 +267,33 @@ class Tracefs:
             if text or title != "daemon's log":
                 found.append((title, text))
         return found
+
+
+class FreshTracefs(Tracefs):
+    """The tracefs of a fresh kernel, which ends with `close()`."""
+
+    def __init__(self, server: ForkServer, directory: Path, order: Order) -> None:
+        """Mount on an empty directory; the daemon's log goes beside it. Raises UserError."""
+        log = directory.with_name(directory.name + ".log")
+        super().__init__(directory, log)
+        self._server = server
+        self.pid = server.mount(directory, log, order)
+        """The daemon's process id; 0 once it is closed."""
+
+    def close(self) -> None:
+        """Unmount, and end the kernel, whatever is still open in it; the second time it does nothing."""
+        from fakefs import mountpoint
+
+        if not self.pid:
+            return
+        self._server.end(self.pid)
+        self.pid = 0
+        if mountpoint.is_stale(self.path):
+            mountpoint.discard_stale(self.path)
+
+    def sections(self) -> list[tuple[str, str]]:
+        """As those of any, until it is closed."""
+        return super().sections() if self.pid else []
 
 
 def _tail(lines: Sequence[str]) -> str:

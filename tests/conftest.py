@@ -13,8 +13,13 @@ from fakefs import kernels
 _TIERS = ("guest", "mount")
 
 
-def pytest_configure() -> None:
-    """Signals from the keyboard are ignored in what a shell starts in the background, and in all children of that."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the plugin use the kernel to test with, and not skip what needs one.
+
+    Signals from the keyboard are ignored in what a shell starts in the background, and in all children of that.
+    """
+    config.option.fakefs_kernel = config.option.fakefs_kernel or os.environ.get("FAKEFS_TEST_KERNEL")
+    config.option.fakefs_required = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 

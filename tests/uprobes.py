@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from fakefs.hostfiles.program import host_program
-from tests.mounted import Mounted
+from fakefs.testbed import Tracefs
 
 SOURCE = """
 #include <stdio.h>
@@ -73,13 +73,7 @@ def c_library(function: str) -> str:
     return f"{os.fsdecode(library)}:0x{found[1]}"  # in a shared library, addresses are offsets here
 
 
-def hits(mount: Mounted, event: str) -> list[str]:
+def hits(mount: Tracefs, event: str) -> list[str]:
     """What the hits of an event say behind its name, and whose they are: "comm text"."""
-    found = [re.fullmatch(rf" *(\S+)-\d+ .*?: {event}: \(.*?\) ?(.*)", line) for line in mount.trace()]
+    found = [re.fullmatch(rf" *(\S+)-\d+ .*?: {event}: \(.*?\) ?(.*)", line) for line in mount.lines("trace")]
     return [f"{match[1]} {match[2]}".rstrip() for match in found if match]
-
-
-def in_guest(mount: Mounted, command: str) -> str:
-    done = mount.exec("sh", "-c", command)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

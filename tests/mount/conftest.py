@@ -17,7 +17,7 @@ import pytest
 from fakefs import kernels, mountpoint
 from tests.doc_pages import not_run
 from tests.fuse_daemon import Daemon
-from tests.mounted import FAKEFS, PATIENCE, Mounted, Resetter, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, running, until
 from tests.uprobes import Program
 
 MakeMount = Callable[..., Mounted]
@@ -31,33 +31,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(f"{where}: {why}" for where, why in not_run))
 
 
-@pytest.fixture(scope="session")
-def fuse() -> None:
-    """Fail with one clear sentence where there is no FUSE."""
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        pytest.fail(f"the mount tests need /dev/fuse: {error.strerror} (modprobe fuse, or leave out: -m 'not mount')")
-
-
-@pytest.fixture(scope="session")
-def environment(fuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of mounts and scripts: own sockets and locks, the user's kernels and snapshots."""
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of all mounts and scripts: sockets and locks of their own, the user's kernels and snapshots."""
     base = tmp_path_factory.mktemp("run")
     runtime, cache = base / "runtime", base / "cache"
     runtime.mkdir(mode=0o700)
-    env = {
-        **os.environ,
-        _RUNTIME: str(runtime),
-        "XDG_CACHE_HOME": str(cache),
-        "FAKEFS_CACHE": str(kernels.cache_dir()),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        "LC_ALL": "C",
-    }
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKEFS_CACHE", str(kernels.cache_dir()))
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.setenv("FAKEFS_CACHE", env["FAKEFS_CACHE"])
-        yield env
+        patch.setenv(_RUNTIME, str(runtime))
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+        patch.setenv("LC_ALL", "C")
+        yield dict(os.environ)
     _nothing_left(tmp_path_factory.getbasetemp(), runtime)
 
 
@@ -83,15 +69,13 @@ def _daemons(runtime: Path) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def new_mount(
-    environment: dict[str, str], kernel_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeMount]:
-    """Make mounts that live until the session ends or `stop()`."""
+def new_mount(kernel_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeMount]:
+    """Make mounts by the command, which live until the session ends or `stop()`."""
     with ExitStack() as stack:
 
         def make(*options: str) -> Mounted:
             # Not the test's tmp_path: a directory that is mounted on cannot be removed.
-            mounted = Mounted(tmp_path_factory.mktemp("mnt") / "m", kernel_path, environment, *options)
+            mounted = Mounted(tmp_path_factory.mktemp("mnt") / "m", kernel_path, *options)
             stack.callback(mounted.stop)
             return mounted.start()
 
@@ -100,28 +84,10 @@ def new_mount(
 
 @pytest.fixture
 def mount(new_mount: MakeMount) -> Iterator[Mounted]:
-    """A mount of the test's own."""
+    """A mount of the test's own, made by the command."""
     mounted = new_mount()
     yield mounted
     mounted.stop()
-
-
-@pytest.fixture(scope="session")
-def shared_mount(new_mount: MakeMount) -> Mounted:
-    """One mount for tests that leave it as they found it (`tests.mounted.Resetter`)."""
-    return new_mount()
-
-
-@pytest.fixture(scope="session")
-def _resetter(shared_mount: Mounted) -> Resetter:
-    return Resetter(shared_mount)
-
-
-@pytest.fixture
-def m(shared_mount: Mounted, _resetter: Resetter) -> Iterator[Mounted]:
-    """The shared mount, as new afterwards but for what is in the guest's other files."""
-    yield shared_mount
-    _resetter.reset("trigger sched_switch sched_process_fork")
 
 
 @pytest.fixture(scope="session")

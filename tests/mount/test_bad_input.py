@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
-from tests.mounted import FAKEFS, PATIENCE, Mounted, running, until
+from tests.mounted import FAKEFS, PATIENCE, Mounted, fakefs, running, until
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def test_a_stale_mount_is_replaced(mount: Mounted) -> None:
 
 def test_a_busy_mount_stays_and_a_lazy_unmount_takes_it(mount: Mounted) -> None:
     with (mount.path / "trace").open("rb"):
-        done = mount.fakefs("umount", str(mount.path))
+        done = fakefs("umount", mount.path)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "umount --lazy" in done.stderr
         assert mount.read("tracing_on") == "1\n"
-        assert mount.fakefs("umount", "--lazy", str(mount.path)).returncode == 0
+        assert fakefs("umount", "--lazy", mount.path).returncode == 0
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "FAKEFS_CACHE"])

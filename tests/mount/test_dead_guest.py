@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fakefs.testbed import Tracefs
 from tests.guest_calls import compile_static
 from tests.mount.golden_cases import errnos
-from tests.mounted import FAKEFS, PATIENCE, Mounted, wait_for_reader
+from tests.mounted import FAKEFS, PATIENCE, fakefs, in_guest, popen, wait_for_reader
 
 KEXEC = r"""
 #include <stdio.h>
@@ -51,23 +52,24 @@ def kexec(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     ],
     ids=["loop", "halt", "triple-fault"],
 )
-def test_all_who_wait_are_told(mount: Mounted, kexec: bytes, code: str, reason: str) -> None:
-    install = [*FAKEFS, "exec", str(mount.path), "--", "sh", "-c", "cat >/tmp/kexec; chmod +x /tmp/kexec"]
-    subprocess.run(install, input=kexec, env=mount.env, check=True)
+def test_all_who_wait_are_told(tracefs: Tracefs, kexec: bytes, code: str, reason: str) -> None:
+    install = [*FAKEFS, "exec", str(tracefs.path), "--", "sh", "-c", "cat >/tmp/kexec; chmod +x /tmp/kexec"]
+    subprocess.run(install, input=kexec, check=True)
     readers = [
-        mount.popen(["cat", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        popen(tracefs, ["cat", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for name in ("trace_pipe", "per_cpu/cpu0/trace_pipe_raw")
     ]
     for reader in readers:
         wait_for_reader(reader.pid)
-    crash = mount.exec("/tmp/kexec", *code.split())
+    crash = in_guest(tracefs, "/tmp/kexec", *code.split())
     assert (crash.returncode, errnos(crash.stderr)) == (1, ["EIO"])
     for reader in readers:
         _, complaint = reader.communicate(timeout=PATIENCE)
         assert (reader.returncode, errnos(complaint.decode())) == (1, ["EIO"])
-    after = mount.sh(f"d={mount.path}; cat $d/tracing_on; echo 1 >$d/tracing_on; mkdir $d/instances/i", cwd=Path("/"))
+    script = "cat $TRACEFS/tracing_on; echo 1 >$TRACEFS/tracing_on; mkdir $TRACEFS/instances/i"
+    after = tracefs.sh(script, cwd=Path("/"))
     assert set(errnos(after.stderr)) == {"EIO"}, after.stderr
-    dead = str(mount.status()["dead"])
+    dead = str(tracefs.status()["dead"])
     assert reason in dead
     assert dead.endswith("  | agent: ready"), "the last lines of the console"
-    assert mount.fakefs("umount", str(mount.path)).returncode == 0
+    assert fakefs("umount", tracefs.path).returncode == 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
-from tests.mounted import PATIENCE, Mounted, running
+from fakefs.testbed import Tracefs
+from tests.mounted import PATIENCE, running
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _HIT = re.compile(r" +(\S+)-(\d+) +\[000\] \S+ +(\d+\.\d+): (\w+): (.*)")
@@ -18,18 +19,18 @@ _HIT = re.compile(r" +(\S+)-(\d+) +\[000\] \S+ +(\d+\.\d+): (\w+): (.*)")
 _FREE_PIDS = 200
 
 
-def run(name: str, mount: Mounted) -> str:
-    done = mount.sh(f"exec '{EXAMPLES}/{name}.sh' '{mount.path}'", timeout=60, merge=True)
+def run(name: str, tracefs: Tracefs) -> str:
+    done = tracefs.sh(f"exec '{EXAMPLES}/{name}.sh' '{tracefs.path}'", timeout=60, merge=True)
     assert done.returncode == 0, done.stdout
     assert "\x1b" not in done.stdout
-    _check_left_nothing(mount)
+    _check_left_nothing(tracefs)
     return done.stdout
 
 
-def _check_left_nothing(mount: Mounted) -> None:
-    assert mount.read("dynamic_events") == ""
-    assert mount.read("tracing_on") == "1\n"
-    assert mount.trace() == []
+def _check_left_nothing(tracefs: Tracefs) -> None:
+    assert tracefs.read("dynamic_events") == ""
+    assert tracefs.read("tracing_on") == "1\n"
+    assert tracefs.lines("trace") == []
 
 
 def _sections(output: str) -> dict[str, list[str]]:
@@ -53,8 +54,8 @@ def _by_start(sections: dict[str, list[str]], start: str) -> list[str]:
     return lines
 
 
-def test_kprobe(mount: Mounted) -> None:
-    sections = _sections(run("kprobe", mount))
+def test_kprobe(tracefs: Tracefs) -> None:
+    sections = _sections(run("kprobe", tracefs))
     assert sections["cat dynamic_events"] == ["p:kprobes/myprobe vfs_read count=$arg3"]
     said, value = _by_start(sections, "sh -c 'echo \"cat will be")
     assert value == "1"
@@ -64,8 +65,8 @@ def test_kprobe(mount: Mounted) -> None:
     assert {hit[1] for hit in hits} == {pid} or pid < _FREE_PIDS
 
 
-def test_a_stream_of_hits_has_the_callers_names_and_process_ids(mount: Mounted) -> None:
-    sections = _sections(run("kprobe", mount))
+def test_a_stream_of_hits_has_the_callers_names_and_process_ids(tracefs: Tracefs) -> None:
+    sections = _sections(run("kprobe", tracefs))
     stream = _hits(_by_start(sections, "sh -c 'echo \"common_pid"))
     assert len(stream) >= 20
     assert {hit[0] for hit in stream} == {"cat"}
@@ -77,17 +78,17 @@ def test_a_stream_of_hits_has_the_callers_names_and_process_ids(mount: Mounted) 
     assert hits >= len(stream)
 
 
-def test_kretprobe(mount: Mounted) -> None:
-    lines = _hits(_sections(run("kretprobe", mount))['grep -v "^#" trace'])
+def test_kretprobe(tracefs: Tracefs) -> None:
+    lines = _hits(_sections(run("kretprobe", tracefs))['grep -v "^#" trace'])
     sizes = [int(hit[4].rpartition("got=")[2]) for hit in lines if hit[0] == "cat"]
     assert sizes[:4] == [len("1\n"), 0, len("nop\n"), 0]
     assert len(sizes) == 6
     assert all("<- vfs_read)" in hit[4] for hit in lines)
 
 
-def test_histogram(mount: Mounted) -> None:
-    clocks = len(mount.read("trace_clock"))
-    lines = _sections(run("histogram", mount))["cat events/kprobes/myprobe/hist"]
+def test_histogram(tracefs: Tracefs) -> None:
+    clocks = len(tracefs.read("trace_clock"))
+    lines = _sections(run("histogram", tracefs))["cat events/kprobes/myprobe/hist"]
     counts = {
         int(match[1]): int(match[2])
         for line in lines
@@ -100,8 +101,8 @@ def test_histogram(mount: Mounted) -> None:
     assert "    Dropped: 0" in lines
 
 
-def test_latency(mount: Mounted) -> None:
-    sections = _sections(run("latency", mount))
+def test_latency(tracefs: Tracefs) -> None:
+    sections = _sections(run("latency", tracefs))
     hits = _hits(sections['grep -v "^#" trace | head -n 6'])
     assert len(hits) == 6
     assert all(hit[0] == "cat" and hit[3] == "read_time" for hit in hits)
@@ -111,8 +112,8 @@ def test_latency(mount: Mounted) -> None:
     assert "    Hits: 30" in sections["cat events/synthetic/read_time/hist"]
 
 
-def test_uprobe(mount: Mounted) -> None:
-    sections = _sections(run("uprobe", mount))
+def test_uprobe(tracefs: Tracefs) -> None:
+    sections = _sections(run("uprobe", tracefs))
     assert _by_start(sections, "fakefs exec --host-binary . -- bash -c 'echo hello") == ["hello", "world"]
     hits = _hits(sections["cat trace"])
     assert [(hit[0], hit[3]) for hit in hits] == [("bash", "echo"), ("bash", "echoed")] * 2
@@ -122,8 +123,8 @@ def test_uprobe(mount: Mounted) -> None:
     assert [(hit[0], hit[4].rpartition(" ")[2]) for hit in hits] == [("ls", "status=0"), ("bash", "status=3")]
 
 
-def test_errors(mount: Mounted) -> None:
-    sections = _sections(run("errors", mount))
+def test_errors(tracefs: Tracefs) -> None:
+    sections = _sections(run("errors", tracefs))
     refused = [lines for command, lines in sections.items() if command.startswith("echo 'p:")]
     assert len(refused) == 2
     # Linux 6.1 says ENOENT for a function that is not there, later ones EINVAL.
@@ -221,14 +222,14 @@ def test_an_interrupted_demonstration_leaves_nothing(
     assert not [directory for directory in mounts if directory.startswith(os.fsencode(tmp_path))]
 
 
-def test_wprobe(mount: Mounted) -> None:
-    sections = _sections(run("wprobe", mount))
+def test_wprobe(tracefs: Tracefs) -> None:
+    sections = _sections(run("wprobe", tracefs))
     first, second, *stack = _by_start(sections, "grep -m 1 -B 1")
     assert "my_jiffies: (" in first
     assert second.endswith("<stack trace>")
     assert " => asm_exc_debug" in stack
     assert " => tick_do_update_jiffies64" in stack
-    if "f[:" not in mount.read("README"):
+    if "f[:" not in tracefs.read("README"):
         return
     hits = _hits(_by_start(sections, 'grep "refs: "'))
     counts = [re.findall(r"was=(\d+) count=(\d+)$", text)[0] for *_, text in hits]

@@ -16,16 +16,10 @@ Of the many nearly equal kprobe definitions every second one is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.mount.conftest import MakeMount
+from fakefs.testbed import Tracefs
 from tests.mount.golden_cases import RELEASE, Case, alike, load, same
-from tests.mounted import Mounted, Resetter
-
-JUST_BOOTED = "a-files/"
-"""These read what a kernel comes up with: first, and without a reset."""
 
 OTHERWISE = {
     "6.12.": {
@@ -48,39 +42,16 @@ OTHERWISE = {
 CASES = load()
 
 
-class Asked:
-    """The mount that is asked, reset before each case."""
-
-    def __init__(self, mount: Mounted) -> None:
-        self.mount = mount
-        self.release = str(mount.status()["kernel"])
-        self._resetter = Resetter(mount)
-        self._before = ""
-
-    def ask(self, case: Case) -> str | None:
-        """Run a case's script; return what is different, None when nothing is."""
-        if not case.name.startswith(JUST_BOOTED):
-            self._resetter.reset(self._before)
-        self._before = case.cmd
-        got = self.mount.sh(case.cmd, merge=True)
-        compare = same if self.release.startswith(RELEASE) else alike
-        return compare(case, got.stdout, got.returncode)
-
-
-@pytest.fixture(scope="module")
-def asked(new_mount: MakeMount) -> Iterator[Asked]:
-    mount = new_mount("--wprobe=off")  # the kernel that was asked had none: its list of triggers is shorter
-    yield Asked(mount)
-    mount.stop()
-
-
+@pytest.mark.fakefs(wprobe="off")  # the kernel that was asked had none: its list of triggers is shorter
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_answers_as_a_real_kernel(asked: Asked, case: Case) -> None:
+def test_answers_as_a_real_kernel(tracefs: Tracefs, case: Case) -> None:
+    release = str(tracefs.status()["kernel"])
     for version, differences in OTHERWISE.items():
         for reason, names in differences.items():
-            if asked.release.startswith(version) and case.name.startswith(tuple(names.split())):
-                pytest.skip(f"Linux {asked.release}: {reason}")
-    difference = asked.ask(case)
+            if release.startswith(version) and case.name.startswith(tuple(names.split())):
+                pytest.skip(f"Linux {release}: {reason}")
+    got = tracefs.sh(case.cmd, merge=True)
+    difference = (same if release.startswith(RELEASE) else alike)(case, got.stdout, got.returncode)
     assert difference is None, f"{difference}\nscript:\n{case.cmd}"
 
 

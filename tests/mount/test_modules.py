@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from fakefs import kernels
 from fakefs.errors import UserError
 from fakefs.modules import build, headers
-from fakefs.testbed import Tracefs
+from fakefs.testbed import FreshTracefs, Tracefs
 from tests.mounted import FAKEFS
 
 CLOCK = """
@@ -197,8 +197,10 @@ def test_in_the_view_of_run(clock: Path, environment: dict[str, str], kernel_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["bookworm", "stable", "sid"])
-def test_with_other_kernels(suite: str, tracefs_of: Callable[[Path], Tracefs], clock: Path, fakefs: Command) -> None:
-    tracefs = tracefs_of(kernels.fetch(suite))
+def test_with_other_kernels(
+    suite: str, new_tracefs: Callable[..., FreshTracefs], clock: Path, fakefs: Command
+) -> None:
+    tracefs = new_tracefs(kernel=kernels.fetch(suite))
     done = fakefs("insmod", clock, tracefs.path)
     assert (done.returncode, done.stdout) == (0, "")
     tracefs.write("events/clock/enable", "1")
@@ -215,23 +217,3 @@ def test_the_kernels_samples(environment: dict[str, str], kernel_path: Path) -> 
     assert "trace-events-sample.ko" in built
     command = [*FAKEFS, "run", "--kernel", str(kernel_path), "--", "sh", "-c", script]
     assert "format" in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture
-def tracefs_of(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[Path], Tracefs]]:
-    """Mount a fresh guest of a kernel."""
-    from contextlib import ExitStack, closing
-
-    from fakefs.forkserver import ForkServer, Order
-
-    with ExitStack() as stack:
-        server = stack.enter_context(closing(ForkServer()))
-
-        def make(kernel: Path) -> Tracefs:
-            directory = tmp_path_factory.mktemp("tracefs") / "tracing"
-            directory.mkdir()
-            return stack.enter_context(closing(Tracefs(server, directory, Order(os.fspath(kernel)))))
-
-        yield make

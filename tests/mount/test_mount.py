@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from fakefs.testbed import FreshTracefs, Tracefs
 from tests.mount.conftest import MakeMount
 from tests.mount.golden_cases import errnos
-from tests.mounted import Mounted, Result, running
+from tests.mounted import fakefs, running
 
 # ---- probes
 
 
-def test_kprobe_and_kretprobe_show_the_caller(m: Mounted) -> None:
-    done = m.sh("""
+def test_kprobe_and_kretprobe_show_the_caller(tracefs: Tracefs) -> None:
+    done = tracefs.sh("""
         echo 'p:in vfs_read count=$arg3' > kprobe_events
         echo 'r:out vfs_read got=$retval' >> kprobe_events
         cat kprobe_events
@@ -37,12 +40,12 @@ def test_kprobe_and_kretprobe_show_the_caller(m: Mounted) -> None:
     assert all(head.strip().startswith(("cat-", "<...>-")) for head, _ in events)
 
 
-def test_comm_of_the_caller_is_the_programs(m: Mounted) -> None:
-    done = m.sh(f"""
-        cp /bin/cat {m.path.parent}/very_own_name
+def test_comm_of_the_caller_is_the_programs(tracefs: Tracefs) -> None:
+    done = tracefs.sh(f"""
+        cp /bin/cat {tracefs.path.parent}/very_own_name
         echo 'p:c vfs_read comm=$comm' > kprobe_events
         echo 1 > events/kprobes/enable
-        {m.path.parent}/very_own_name tracing_on
+        {tracefs.path.parent}/very_own_name tracing_on
         echo 0 > events/kprobes/enable
         grep -c 'comm="very_own_name"' trace
     """)
@@ -50,8 +53,8 @@ def test_comm_of_the_caller_is_the_programs(m: Mounted) -> None:
     assert int(done.stdout.split()[-1]) >= 1
 
 
-def test_truncating_replaces_and_appending_adds(m: Mounted) -> None:
-    done = m.sh("""
+def test_truncating_replaces_and_appending_adds(tracefs: Tracefs) -> None:
+    done = tracefs.sh("""
         echo 'p:a vfs_read' > kprobe_events; echo 'p:b vfs_write' >> kprobe_events; grep -c . kprobe_events
         echo 'p:c vfs_open' > kprobe_events; cat kprobe_events
         echo '-:c' >> kprobe_events; grep -c . kprobe_events
@@ -59,8 +62,8 @@ def test_truncating_replaces_and_appending_adds(m: Mounted) -> None:
     assert done.stdout.splitlines() == ["2", "p:kprobes/c vfs_open", "0"]
 
 
-def test_event_directories_come_and_go_at_once(m: Mounted) -> None:
-    done = m.sh("""
+def test_event_directories_come_and_go_at_once(tracefs: Tracefs) -> None:
+    done = tracefs.sh("""
         for i in 1 2 3 4 5 6 7 8; do
             test -e events/kprobes/own && echo early
             echo 'p:own vfs_read' > kprobe_events
@@ -105,24 +108,24 @@ def test_event_directories_come_and_go_at_once(m: Mounted) -> None:
         ("mkdir d", ["EPERM"]),
     ],
 )  # fmt: skip
-def test_errors_are_the_kernels(m: Mounted, script: str, expected: list[str]) -> None:
-    done = m.sh(script)
+def test_errors_are_the_kernels(tracefs: Tracefs, script: str, expected: list[str]) -> None:
+    done = tracefs.sh(script)
     assert errnos(done.stderr) == expected, done.stderr
 
 
 # ---- instances and attributes
 
 
-def test_instances(m: Mounted) -> None:
-    done = m.sh("""
+def test_instances(tracefs: Tracefs) -> None:
+    done = tracefs.sh("""
         mkdir instances/one; ls instances; echo in > instances/one/trace_marker; grep -c ': in$' instances/one/trace
         grep -c ': in$' trace; rmdir instances/one; ls instances
     """)
     assert (done.stdout, done.stderr) == ("one\n1\n0\n", "")
 
 
-def test_chmod_and_chown_last(m: Mounted) -> None:
-    done = m.sh("""
+def test_chmod_and_chown_last(tracefs: Tracefs) -> None:
+    done = tracefs.sh("""
         chmod 604 tracing_thresh; chown 12:34 tracing_thresh; cat tracing_thresh; stat -c '%a %u %g' tracing_thresh
         chmod 640 tracing_thresh; chown 0:0 tracing_thresh; stat -c '%a %u %g' tracing_thresh
     """)
@@ -133,40 +136,41 @@ def test_mount_options_are_the_guests(new_mount: MakeMount) -> None:
     """As on a tracefs: for every file that is there, for later ones too, and what chgrp says lasts."""
     files = ". events events/sched/sched_switch/enable tracing_on"
     show = f"stat -c %g {files} | uniq; stat -c %a ."
-    m = new_mount("-o", "gid=11,mode=0711")
-    done = m.sh(f"{show}; mkdir instances/i; stat -c %g instances/i instances/i/events; rmdir instances/i")
-    assert done == Result("11\n711\n11\n11\n", "", 0)
-    assert m.fakefs("mount", "-o", "remount,gid=12,mode=750", str(m.path)).stderr == ""
-    assert m.sh(show).stdout == "12\n750\n"
-    done = m.sh("chgrp 13 events; chmod 600 tracing_on; stat -c '%g %a' events tracing_on events/sched")
-    assert done == Result("13 755\n12 600\n12 755\n", "", 0)
-    done_ = m.fakefs("mount", "-o", "remount,gid=x", str(m.path))
-    assert (done_.returncode, done_.stderr) == (1, "fakefs: mount option 'gid=x': not a number (0 to 4294967294)\n")
-    m.stop()
+    mount = new_mount("-o", "gid=11,mode=0711")
+    done = mount.sh(f"{show}; mkdir instances/i; stat -c %g instances/i instances/i/events; rmdir instances/i")
+    assert (done.stdout, done.stderr) == ("11\n711\n11\n11\n", "")
+    assert fakefs("mount", "-o", "remount,gid=12,mode=750", mount.path).stderr == ""
+    assert mount.sh(show).stdout == "12\n750\n"
+    done = mount.sh("chgrp 13 events; chmod 600 tracing_on; stat -c '%g %a' events tracing_on events/sched")
+    assert (done.stdout, done.stderr) == ("13 755\n12 600\n12 755\n", "")
+    refused = fakefs("mount", "-o", "remount,gid=x", mount.path)
+    assert (refused.returncode, refused.stderr) == (1, "fakefs: mount option 'gid=x': not a number (0 to 4294967294)\n")
+    mount.stop()
 
 
-def test_attributes_changed_inside_show(m: Mounted) -> None:
+def test_attributes_changed_inside_show(tracefs: Tracefs) -> None:
     """What the host's kernel was told will last is asked for anew after a program ran in the guest."""
-    assert m.sh("stat -c %a tracing_on").stdout == "640\n"
-    m.exec("chmod", "604", "/sys/kernel/tracing/tracing_on")
-    assert m.sh("stat -c %a tracing_on; chmod 640 tracing_on").stdout == "604\n"
+    assert tracefs.sh("stat -c %a tracing_on").stdout == "640\n"
+    tracefs.guest("chmod 604 /sys/kernel/tracing/tracing_on")
+    assert tracefs.sh("stat -c %a tracing_on; chmod 640 tracing_on").stdout == "604\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
-def test_another_user_has_no_access(m: Mounted) -> None:
-    for directory in m.path.parents:  # pytest's own directories are for root alone
+def test_another_user_has_no_access(tracefs: Tracefs) -> None:
+    for directory in tracefs.path.parents:  # pytest's own directories are for root alone
         if directory.stat().st_mode & 0o011 != 0o011 and directory != Path("/"):
             directory.chmod(directory.stat().st_mode | 0o011)
+    path = tracefs.path
     as_user = "setpriv --reuid=1000 --regid=1000 --clear-groups"
-    done = m.sh(
+    done = tracefs.sh(
         f"""
-        for c in 'cat {m.path}/tracing_on' 'ls {m.path}' 'mkdir {m.path}/instances/u'; do {as_user} $c; done
-        {as_user} bash -c 'echo 1 > {m.path}/tracing_on'
+        for c in 'cat {path}/tracing_on' 'ls {path}' 'mkdir {path}/instances/u'; do {as_user} $c; done
+        {as_user} bash -c 'echo 1 > {path}/tracing_on'
         """,
         cwd=Path("/"),
     )
     assert (errnos(done.stderr), done.stdout) == (["EACCES"] * 4, "")
-    done = m.sh(f"""
+    done = tracefs.sh(f"""
         chmod o+rx .; chmod o+r tracing_on; {as_user} cat tracing_on; chmod 700 .; chmod 640 tracing_on
     """)
     assert (done.stdout, done.stderr) == ("1\n", "")
@@ -182,32 +186,30 @@ def test_another_user_has_no_access(m: Mounted) -> None:
         ("/sys/kernel/debug", "cat tracing/current_tracer", "nop\n"),
     ],
 )
-def test_other_roots(new_mount: MakeMount, root: str, script: str, expected: str) -> None:
-    mount = new_mount("--root", root)
-    if root == "/sys/kernel/debug":
-        mount.exec("mount", "-t", "debugfs", "debugfs", root)
-    done = mount.sh(script)
-    mount.stop()
+def test_other_roots(new_tracefs: Callable[..., FreshTracefs], root: str, script: str, expected: str) -> None:
+    with closing(new_tracefs(root=root)) as other:
+        done = other.sh(script)
     assert (done.stdout, done.stderr) == (expected, "")
 
 
-def test_two_mounts_are_two_kernels(shared_mount: Mounted, mount: Mounted) -> None:
-    mount.sh("echo 'p:mine vfs_read' > kprobe_events")
-    assert mount.read("kprobe_events") == "p:kprobes/mine vfs_read\n"
-    assert shared_mount.read("kprobe_events") == ""
+def test_two_mounts_are_two_kernels(tracefs: Tracefs, new_tracefs: Callable[..., FreshTracefs]) -> None:
+    with closing(new_tracefs()) as other:
+        other.sh("echo 'p:mine vfs_read' > kprobe_events")
+        assert other.read("kprobe_events") == "p:kprobes/mine vfs_read\n"
+        assert tracefs.read("kprobe_events") == ""
 
 
-def test_a_directory_is_mounted_once(shared_mount: Mounted) -> None:
-    done = shared_mount.fakefs("mount", "--kernel", str(shared_mount.kernel), str(shared_mount.path))
+def test_a_directory_is_mounted_once(tracefs: Tracefs, kernel_path: Path) -> None:
+    done = fakefs("mount", "--kernel", kernel_path, tracefs.path)
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
     assert "already" in done.stderr
-    assert shared_mount.read("current_tracer") == "nop\n"
+    assert tracefs.read("current_tracer") == "nop\n"
 
 
 def test_unmounting_by_command(new_mount: MakeMount) -> None:
     mount = new_mount()
-    assert mount.fakefs("umount", str(mount.path)).returncode == 0
+    assert fakefs("umount", mount.path).returncode == 0
     assert list(mount.path.iterdir()) == []
     assert not running(mount.pid)
 
@@ -219,6 +221,6 @@ def test_unmounting_while_another_namespace_has_the_mount(new_mount: MakeMount) 
     with subprocess.Popen(argv, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"made\n"
-        assert mount.fakefs("umount", str(mount.path)).returncode == 0
+        assert fakefs("umount", mount.path).returncode == 0
         assert not running(mount.pid)
         other.communicate(b"\n")

@@ -86,6 +86,51 @@ def test_guest(tracefs):
     assert summary(output) == "3 passed", output
 
 
+def test_scripts_of_this_machine(run_pytest: RunPytest) -> None:
+    output = run_pytest("""
+def test_script(tracefs):
+    done = tracefs.sh('pwd; echo "$TRACEFS $1"; cat current_tracer; echo error >&2; exit 3', "argument")
+    assert done.stdout == f"{tracefs.path}\\n{tracefs.path} argument\\nnop\\n"
+    assert (done.stderr, done.returncode) == ("error\\n", 3)
+    assert tracefs.sh("echo one; echo two >&2", merge=True).stdout == "one\\ntwo\\n"
+    assert tracefs.sh("sleep 20", timeout=0.2).returncode == 124
+    assert tracefs.status()["kernel"] == tracefs.guest("uname -r").stdout.strip()
+""")
+    assert summary(output) == "1 passed", output
+
+
+def test_further_kernels(run_pytest: RunPytest) -> None:
+    output = run_pytest("""
+@pytest.fixture(scope="module")
+def shared(new_tracefs):
+    return new_tracefs(wprobe="off")
+
+def test_one(shared):
+    shared.write("dynamic_events", "p:kept vfs_read")
+    assert "wprobe" not in shared.read("README")
+
+def test_two(shared, tracefs, new_tracefs):
+    assert "kept" in shared.read("dynamic_events")
+    assert tracefs.read("dynamic_events") == ""
+    assert "wprobe" in tracefs.read("README")
+    other = new_tracefs(root="/proc")
+    assert other.read("sys/kernel/ostype") == "Linux\\n"
+    other.close()
+    assert not other.path.joinpath("sys").exists()
+    other.close()
+
+def test_fails(shared):
+    assert False
+
+def test_unknown(new_tracefs):
+    new_tracefs(colour="red")
+""")
+    assert summary(output) == "2 failed, 2 passed", output
+    assert output.count(" new_tracefs: dynamic_events -") == 2
+    assert "p:kprobes/kept vfs_read" in output
+    assert "not ['colour']" in output
+
+
 def test_waiting(run_pytest: RunPytest) -> None:
     output = run_pytest("""
 def test_wait(tracefs):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted import PATIENCE, Mounted, until
+from fakefs.testbed import FreshTracefs
+from tests.mounted import PATIENCE, popen, until
 
 SECONDS = int(os.environ.get("FAKEFS_SOAK_SECONDS", "300"))
 SHELLS = 8
@@ -46,12 +47,13 @@ def _descriptors(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_soak(mount: Mounted) -> None:
-    mount.read("tracing_on")
-    before = _descriptors(mount.pid)
-    began = mount.status()  # this process has a shadow too
+def test_soak(tracefs: FreshTracefs) -> None:
+    tracefs.read("tracing_on")
+    before = _descriptors(tracefs.pid)
+    began = tracefs.status()  # this process has a shadow too
     shells = [
-        mount.popen(
+        popen(
+            tracefs,
             ["timeout", "-k", "5", str(SECONDS + 60), "bash", "-c", _SHELL, "soak", str(SECONDS), str(number)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -72,13 +74,13 @@ def test_soak(mount: Mounted) -> None:
                 shell.wait()
     print(f"{sum(counts)} operations by {SHELLS} shells in {SECONDS} s")
     assert min(counts) >= SECONDS // 10, "a shell made no progress"
-    until(lambda: mount.status()["shadows"] == began["shadows"], PATIENCE, "the end of all shadows")
-    until(lambda: mount.status()["slots"] == began["slots"], PATIENCE, "all slots given back")
-    until(lambda: _descriptors(mount.pid) <= before, PATIENCE, "the daemon's descriptors closed")
-    assert mount.status()["dead"] is None
+    until(lambda: tracefs.status()["shadows"] == began["shadows"], PATIENCE, "the end of all shadows")
+    until(lambda: tracefs.status()["slots"] == began["slots"], PATIENCE, "all slots given back")
+    until(lambda: _descriptors(tracefs.pid) <= before, PATIENCE, "the daemon's descriptors closed")
+    assert tracefs.status()["dead"] is None
     for name in ("dynamic_events", "kprobe_events"):
-        left = [line for line in mount.read(name).splitlines() if "soak/" in line]
+        left = [line for line in tracefs.read(name).splitlines() if "soak/" in line]
         for line in left:  # a shell that was at its end between two lines
-            mount.write("dynamic_events", "-:" + line.split()[0].partition(":")[2], append=True)
-        assert "soak/" not in mount.read(name)
-    assert not [path for path in (mount.path / "instances").iterdir() if path.name.startswith("i")]
+            tracefs.write("dynamic_events", "-:" + line.split()[0].partition(":")[2], append=True)
+        assert "soak/" not in tracefs.read(name)
+    assert not [path for path in (tracefs.path / "instances").iterdir() if path.name.startswith("i")]

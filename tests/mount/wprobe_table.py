@@ -19,13 +19,15 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
-from fakefs import kernels, mountpoint
+from fakefs import kernels
 from fakefs.forkserver import ForkServer, Order
+from fakefs.testbed import FreshTracefs
 from tests.mount import wprobe_sessions
-from tests.mounted import FAKEFS, Mounted
+from tests.mounted import FAKEFS
 
 HERE = Path(__file__).parent / "wprobe_golden"
 _OF_THE_MACHINE = re.compile(r"/tmp/|/proc/|\bhostname\b")
@@ -97,18 +99,12 @@ class Asked:
         """Run a case; return what it printed."""
         directory = self._base / session.name
         directory.mkdir()
-        pid = self._server.mount(directory, self._base / "log", Order(str(self._kernel), wprobe="strict"))
-        try:
-            mount = Mounted(directory, self._kernel, os.environ)
-            mount.pid = pid
+        with closing(FreshTracefs(self._server, directory, Order(str(self._kernel), wprobe="strict"))) as mount:
             kallsyms = self._base / "kallsyms"
             if not kallsyms.exists():
-                kallsyms.write_text(_with_data(mount.exec("cat", "/proc/kallsyms").stdout))
+                kallsyms.write_text(_with_data(mount.guest("cat /proc/kallsyms").stdout))
             guest = " ".join([*FAKEFS, "exec", str(directory), "--", "sh", "-c"])
-            return mount.sh(script(session, guest, kallsyms), merge=True, timeout=60).stdout
-        finally:
-            mountpoint.unmount(directory, lazy=True)
-            self._server.end(pid)
+            return mount.sh(script(session, guest, kallsyms), merge=True).stdout
 
 
 def main(directory: Path, names: list[str]) -> None:
