@@ -97,7 +97,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 
 @pytest.fixture(scope="module")
-def fs(fuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def fs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """The FUSE layer with no guest under it."""
     daemon = Daemon(tmp_path_factory.mktemp("fuse") / "mnt")
     try:
