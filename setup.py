@@ -50,6 +50,7 @@ class Native(Extension):
 
 
 ONE_SEGMENT = ["-Wl,-z,noseparate-code", "-Wl,--build-id=none"]  # execve() maps less
+OUT_OF_THE_WAY = ["-Wl,-Ttext-segment=0x7ff00000"]  # of the addresses that programs have
 GUEST_HEADERS = ["emulator/guest/protocol.h", "emulator/guest/serve.h"]
 
 NATIVE = [
@@ -70,7 +71,7 @@ NATIVE = [
     Native(
         "emulator.guest.stub",
         ["emulator/guest/stub.c"],
-        [*FREESTANDING, *ONE_SEGMENT],
+        [*FREESTANDING, *ONE_SEGMENT, *OUT_OF_THE_WAY],
         suffix="",
         depends=GUEST_HEADERS,
     ),

@@ -20,6 +20,7 @@ class Sys(IntEnum):
     POLL = 7
     LSEEK = 8
     MMAP = 9
+    MUNMAP = 11
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
     IOCTL = 16

@@ -8,6 +8,10 @@
  *   OP_CALLS  make the slot's `ncalls` system calls in order, put their results beside them, make the hypercall again
  * A call with number CALL_SPAWN makes a new task: clone3(a[0], a[1]) whose child enters the loop with slot a[2], after
  * mapping that slot from physical address a[3], unless that is 0.
+ * CALL_COPY copies a[2] bytes from address a[1] to a[0].
+ * CALL_ENTER has the task run as the signal frame at a[0] says, from its struct ucontext on (rt_sigreturn(2)), until
+ * there is a signal of a processor's exception, whose number is the result. Its alternate stack is to be in the task's
+ * slot, and those signals not blocked. With a[1], handlers are installed first; exec(2) removes them.
  */
 #ifndef GUEST_PROTOCOL_H
 #define GUEST_PROTOCOL_H
@@ -16,6 +20,7 @@
 
 #define WINDOW_VIRTUAL 0x10000000000ul /* where the agent maps the window */
 #define SLOT_SIZE 0x10000ul
+#define SLOT_RETURN 8ul			/* offset of the stack pointer that CALL_ENTER comes back to */
 #define SLOT_CALLS 64ul			/* offset of the calls */
 #define SLOT_MAX_CALLS 128ul
 #define SLOT_STACK_TOP 0x4000ul		/* the task's stack lies below, above the calls */
@@ -34,5 +39,7 @@
 #define OP_CALLS 1u
 
 #define CALL_SPAWN 0x10000l
+#define CALL_COPY 0x10001l
+#define CALL_ENTER 0x10002l
 
 #endif

@@ -19,7 +19,8 @@ struct call {
 struct slot {
 	volatile u32 futex;
 	u32 ncalls;
-	char pad[SLOT_CALLS - 8];
+	u64 stack; /* SLOT_RETURN */
+	char pad[SLOT_CALLS - 16];
 	struct call calls[SLOT_MAX_CALLS];
 };
 
@@ -38,12 +39,16 @@ enum {
 enum { O_WRONLY = 1, O_RDWR = 2, O_SYNC = 04010000 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1, MAP_FIXED = 16 };
 enum { FUTEX_WAIT_PRIVATE = 128 };
-enum { SIGINT = 2, SIGPIPE = 13, SIGCHLD = 17, SIG_IGN = 1, SA_RESTORER = 0x04000000 };
+enum {
+	SIGINT = 2, SIGILL = 4, SIGTRAP = 5, SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SIGPIPE = 13, SIGCHLD = 17,
+};
+enum { SIG_IGN = 1, SA_RESTORER = 0x04000000, SA_ONSTACK = 0x08000000 };
 
 #ifdef HOSTED /* a test on the host stands for the kernel: tests/native/agent.c */
 static long syscall6(long number, long a, long b, long c, long d, long e, long f);
 static u32 hypercall(u64 slot);
 static long spawn(long arguments, long size, u64 slot, u64 physical);
+static long enter(struct slot *slot, long frame);
 #else
 static long syscall6(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -114,6 +119,77 @@ static long spawn(long arguments, long size, u64 slot, u64 physical)
 }
 #endif
 
+__asm__("on_signal: ret\n"
+	"signal_return: mov $15, %eax\n syscall\n");
+void on_signal(int);
+void signal_return(void);
+
+static void on_with(int signal, void (*handler)(int), u64 flags, u64 mask)
+{
+	struct kernel_sigaction action = { handler, SA_RESTORER | flags, signal_return, mask };
+
+	syscall6(SYS_rt_sigaction, signal, (long)&action, 0, sizeof(action.mask), 0, 0);
+}
+
+static void on(int signal, void (*handler)(int))
+{
+	on_with(signal, handler, 0, 0);
+}
+
+#ifndef HOSTED
+/*
+ * CALL_ENTER: what is in the registers behind rt_sigreturn(2) is not ours. The handler of the signal that ends it runs
+ * on the alternate stack, by which it finds the slot, and in that our stack.
+ */
+__asm__("enter: push %rbx\n push %rbp\n push %r12\n push %r13\n push %r14\n push %r15\n"
+	"mov %rsp, 8(%rdi)\n"
+	"mov %rsi, %rsp\n"
+	"mov $15, %eax\n"
+	"syscall\n"
+	"on_exception: and $-0x10000, %rsp\n"
+	"mov 8(%rsp), %rsp\n"
+	"mov %edi, %eax\n"
+	"pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbp\n pop %rbx\n"
+	"ret\n");
+long enter(struct slot *slot, long frame);
+void on_exception(int);
+_Static_assert(SLOT_SIZE == 0x10000 && SLOT_RETURN == 8, "as the above has it");
+#else
+#define on_exception on_signal
+#endif
+
+/* While a handler is about to leave for serve(), only SIGINT is not blocked: so it is there. */
+static void catch_exceptions(void)
+{
+	static const int signals[] = { SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV };
+
+	for (u64 i = 0; i < sizeof(signals) / sizeof(signals[0]); i++)
+		on_with(signals[i], on_exception, SA_ONSTACK, ~(1ul << (SIGINT - 1)));
+}
+
+static void copy(char *to, const char *from, u64 size)
+{
+	while (size--)
+		*(volatile char *)to++ = *from++;
+}
+
+static long make(struct slot *slot, long number, const long *a)
+{
+	switch (number) {
+	case CALL_SPAWN:
+		return spawn(a[0], a[1], (u64)a[2], (u64)a[3]);
+	case CALL_COPY:
+		copy((char *)a[0], (const char *)a[1], (u64)a[2]);
+		return 0;
+	case CALL_ENTER:
+		if (a[1])
+			catch_exceptions();
+		return enter(slot, a[0]);
+	default:
+		return syscall6(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+	}
+}
+
 static void serve(u64 number, u64 physical)
 {
 	struct slot *slot = slot_at(number);
@@ -129,26 +205,10 @@ static void serve(u64 number, u64 physical)
 		}
 		for (u32 i = 0; i < n && i < SLOT_MAX_CALLS; i++) {
 			struct call *c = &slot->calls[i];
-			long *a = c->argument;
 
-			if (c->number == CALL_SPAWN)
-				c->result = spawn(a[0], a[1], (u64)a[2], (u64)a[3]);
-			else
-				c->result = syscall6(c->number, a[0], a[1], a[2], a[3], a[4], a[5]);
+			c->result = make(slot, c->number, c->argument);
 		}
 	}
-}
-
-__asm__("on_signal: ret\n"
-	"signal_return: mov $15, %eax\n syscall\n");
-void on_signal(int);
-void signal_return(void);
-
-static void on(int signal, void (*handler)(int))
-{
-	struct kernel_sigaction action = { handler, SA_RESTORER, signal_return, 0 };
-
-	syscall6(SYS_rt_sigaction, signal, (long)&action, 0, sizeof(action.mask), 0, 0);
 }
 
 #endif

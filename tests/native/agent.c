@@ -32,7 +32,7 @@ static struct {
 	long line_length; /* what read(2) gives; the text's own when it is not negative or 0 */
 	int no_memory_device, window_elsewhere;
 	char said[256];
-	int mounts, filled, calls, sleeps, spawned;
+	int mounts, filled, calls, sleeps, spawned, entered, handlers;
 	long numbers[2 * SLOT_MAX_CALLS], first[2 * SLOT_MAX_CALLS];
 	int (*host)(u64 slot); /* what the host says to a hypercall; ends the test by finish() */
 } fake;
@@ -73,6 +73,9 @@ static long syscall6(long number, long a, long b, long c, long d, long e, long f
 		CHECK(b == FUTEX_WAIT_PRIVATE && c == 0);
 		fake.sleeps++;
 		return 0;
+	case SYS_rt_sigaction:
+		fake.handlers++;
+		return 0;
 	case SYS_pause:
 		finish();
 	default:
@@ -95,6 +98,13 @@ static long spawn(long arguments, long size, u64 slot, u64 physical)
 	CHECK(arguments == 11 && size == 12 && slot == 13 && physical == 14);
 	fake.spawned++;
 	return 77;
+}
+
+static long enter(struct slot *slot, long frame)
+{
+	CHECK(slot == slot_at(1) && frame == 21);
+	fake.entered++;
+	return SIGTRAP;
 }
 
 static void reset(int (*host)(u64))
@@ -180,6 +190,33 @@ static void test_spawn(void)
 	CHECK(fake.spawned == 1 && slot_at(1)->calls[0].result == 77 && fake.calls == 0);
 }
 
+static char copied[] = "0123456789";
+
+static int copy_and_enter(u64 number)
+{
+	struct slot *slot = slot_at(number);
+
+	if (fake.entered)
+		finish();
+	slot->ncalls = 5;
+	slot->calls[0] = (struct call){ .number = CALL_COPY, .argument = { (long)copied + 1, (long)copied + 6, 3 } };
+	slot->calls[1] = (struct call){ .number = CALL_COPY, .argument = { 0, 0, 0 }, .result = 5 };
+	slot->calls[2] = (struct call){ .number = CALL_ENTER, .argument = { 21, 0 } };
+	slot->calls[3] = (struct call){ .number = CALL_ENTER, .argument = { 21, 1 } };
+	slot->calls[4] = (struct call){ .number = 1000 };
+	return OP_CALLS;
+}
+
+static void test_copy_and_enter(void)
+{
+	reset(copy_and_enter);
+	serve_until_finished(1);
+	struct call *calls = slot_at(1)->calls;
+	CHECK(!strcmp(copied, "0678456789") && calls[0].result == 0 && calls[1].result == 0);
+	CHECK(fake.entered == 2 && calls[2].result == SIGTRAP && calls[3].result == SIGTRAP && fake.handlers == 5);
+	CHECK(fake.calls == 1 && calls[4].result == -1000);
+}
+
 /* ---- the start */
 
 static int served(u64 number)
@@ -250,9 +287,10 @@ int main(void)
 	test_batches();
 	test_sleep();
 	test_spawn();
+	test_copy_and_enter();
 	test_start();
 	test_parameters();
 	free(window);
-	puts("the guest's init: batches, sleep, spawn, start, 200,000 command lines");
+	puts("the guest's init: batches, sleep, spawn, copy, enter, start, 200,000 command lines");
 	return 0;
 }
