@@ -84,7 +84,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         if service.records is not None:
-            _mirror(shadows, service.records, service.level, nursery)
+            _mirror(shadows, files, service.records, service.level, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
@@ -102,14 +102,16 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(shadows: Shadows, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
+def _mirror(
+    shadows: Shadows, files: GuestFiles, records: socket.socket, level: Level, nursery: trio.Nursery
+) -> None:
     import resource
 
     from fakefs.mirror.mirror import Mirror
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
-    mirror = Mirror(shadows, records, level, nursery)
+    mirror = Mirror(shadows, files.host_files, records, level, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)
     nursery.start_soon(mirror.run)

@@ -148,6 +148,8 @@ class GuestFiles(GuestNames):
                 written += result
                 if result < len(piece):
                     break
+        if takes_uprobes(file.path) and self._shadows.watching is not None:
+            await self._shadows.watching.uprobes_changed(caller.tid)
         return written
 
     def _before(self, file: GuestFile, fd: int, offset: int, flags: int) -> list[Call]:

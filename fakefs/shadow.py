@@ -70,6 +70,9 @@ class Watching(Protocol):
     async def bear(self, thread: HostThread) -> Shadow | None:
         """Bear the shadow of a thread that was not known of; None when it is none of theirs."""
 
+    async def uprobes_changed(self, tid: int) -> None:
+        """A thread may have changed the uprobes: return when its programs and others will hit them."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostThread:

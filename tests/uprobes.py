@@ -41,12 +41,12 @@ int main(int argc, char **argv)
 
 
 class Program:
-    """A program compiled from SOURCE, and where in its file its functions and variables are."""
+    """A program compiled from a source, and where in its file its functions and variables are."""
 
-    def __init__(self, path: Path, *options: str) -> None:
+    def __init__(self, path: Path, *options: str, text: str = SOURCE) -> None:
         self.path = path
         source = path.with_suffix(".c")
-        source.write_text(SOURCE)
+        source.write_text(text)
         subprocess.run(["gcc", "-O1", *options, "-o", path, source], check=True)
         table = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
         self.addresses = {name: int(at, 16) for at, _, name in re.findall(r"^([0-9a-f]+) (\w) (\w+)$", table, re.M)}
@@ -68,7 +68,7 @@ def c_library(function: str) -> str:
     """The place of a function of the C library, as the loader finds it."""
     [library] = [path for path in host_program("bash").files if path.endswith(b"/libc.so.6")]
     table = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
-    found = re.search(rf"^([0-9a-f]+) T {function}(@@\S+)?$", table, re.M)
+    found = re.search(rf"^([0-9a-f]+) [TW] {function}(@@\S+)?$", table, re.M)
     assert found is not None
     return f"{os.fsdecode(library)}:0x{found[1]}"  # in a shared library, addresses are offsets here
 

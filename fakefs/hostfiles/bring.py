@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import trio
 
@@ -36,6 +37,13 @@ _File = tuple[int, int, int]
 """An inode's number and its device's, in the guest."""
 
 
+class Copy(NamedTuple):
+    """A copy in the guest, and the host's file that it is of."""
+
+    path: bytes
+    identity: Identity
+
+
 class HostFiles:
     """The copies in one guest. One is made at a time."""
 
@@ -46,6 +54,8 @@ class HostFiles:
         self._lock = trio.Lock()
         self._copies: dict[bytes, tuple[Identity, _File]] = {}
         self._links: dict[bytes, bytes] = {}
+        self.named: dict[bytes, Copy] = {}
+        """What uprobe definitions have named last, by the name in them."""
 
     async def bring_named(self, caller: Caller, definitions: bytes) -> bytes | None:
         """Bring the files that uprobe definitions name; return the directory where relative paths in them start.
@@ -61,7 +71,9 @@ class HostFiles:
         async with self._lock:
             await self._make_directories(base)
             for name in names:
-                await self._bring(caller, os.path.join(base, name))
+                copy = await self._bring(caller, os.path.join(base, name))
+                if copy is not None:
+                    self.named[name] = copy
         return base
 
     def visit(self, shadow: Shadow, directory: bytes | None) -> tuple[list[Call], list[Call]]:
@@ -99,13 +111,14 @@ class HostFiles:
                         await self._remove(copy)
                     raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
 
-    async def _bring(self, caller: Caller, path: bytes) -> None:
+    async def _bring(self, caller: Caller, path: bytes) -> Copy | None:
+        """Bring a file, unless there is none or the guest has one of its own."""
         if len(path) >= _PATH_MAX:
-            return
+            return None
         there = await self._file_at(path)
         copies = {file: path for path, (_, file) in self._copies.items()}
         if there is not None and there not in copies:
-            return
+            return None
         found = await trio.to_thread.run_sync(find, caller, path, abandon_on_cancel=True)
         try:
             if found.fd < 0 and there is not None:
@@ -117,6 +130,8 @@ class HostFiles:
                 if await self._file_at(path) is None:  # a link of the host's is a directory of the guest's: /bin
                     await self._make_directories(os.path.dirname(path))
                     await self._link(found.steps[-1].path, path)
+                return Copy(found.steps[-1].path, found.identity)
+            return None
         finally:
             found.close()
 

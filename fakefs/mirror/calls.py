@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
+from fakefs.mirror import trampoline
 from fakefs.mirror.seccomp import Rule
 
 
@@ -133,3 +134,5 @@ def rules(level: Level) -> Iterable[Rule]:
     for call in TABLE:
         if call.level <= level:
             yield from call.only or (Rule(call.number),)
+    if level:
+        yield Rule(trampoline.NUMBER)

@@ -86,13 +86,15 @@ class Launch:
 def _record(listener: Listener, daemon: socket.socket, child: int, tracing: Path, in_flight: mmap.mmap) -> None:
     from fakefs.mirror.hostpaths import HostPaths
     from fakefs.mirror.recorder import Recorder
+    from fakefs.mirror.uprobes import Uprobes
 
     def note(identity: int) -> None:
         struct.pack_into("<Q", in_flight, 0, identity)
 
     root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    paths = HostPaths(root, os.stat(tracing).st_dev)
-    Recorder(listener, daemon, paths, os.getppid(), note).run()
+    guest_device = os.stat(tracing).st_dev
+    paths = HostPaths(root, guest_device)
+    Recorder(listener, daemon, paths, Uprobes(guest_device), os.getppid(), note).run()
 
 
 def _proceed(listener: Listener, in_flight: mmap.mmap) -> None:

@@ -12,10 +12,12 @@ import sys
 
 import trio
 
+from fakefs.hostfiles.bring import HostFiles
 from fakefs.mirror.calls import Level
 from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
+from fakefs.mirror.hits import Probes
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.queue import Died, Looks, Queue
 from fakefs.mirror.records import (
@@ -24,15 +26,20 @@ from fakefs.mirror.records import (
     Credentials,
     Exit,
     Files,
+    Hit,
     Name,
+    Placed,
     Plain,
     Program,
     Record,
     Signal,
+    Site,
+    Sites,
     Sleep,
     Transfer,
     Wait,
     decode,
+    encode,
 )
 from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
@@ -44,7 +51,9 @@ _QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder 
 class Mirror:
     """Implements `fakefs.shadow.Watching`. `records` is the socket from the recorder."""
 
-    def __init__(self, shadows: Shadows, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, shadows: Shadows, host_files: HostFiles, records: socket.socket, level: Level, nursery: trio.Nursery
+    ) -> None:
         self._socket = records
         records.setblocking(False)
         paths = GuestPaths(shadows)
@@ -54,6 +63,7 @@ class Mirror:
         self._files = FileCalls(shadows, self._processes, paths)
         self._transfers = Transfers(shadows, self._processes, paths)
         self._queue = Queue(in_order=shadows.pump.deterministic)
+        self._probes = Probes(shadows, self._processes, host_files, self._tell)
         self._taken = self._done = 0  # records, since the beginning
         self._arrived = trio.Event()
         self._finished = trio.Event()
@@ -73,7 +83,13 @@ class Mirror:
         """Take in what the socket has; False when the recorder is gone."""
         try:
             while packet := self._socket.recv(PACKET_MAX):
-                self._put(decode(packet))
+                match record := decode(packet):
+                    case Placed(number):
+                        self._probes.placed(number)
+                    case Site() | Sites():
+                        pass  # are for the recorder
+                    case _:
+                        self._put(record)
         except BlockingIOError:
             return True
         except OSError:
@@ -123,6 +139,8 @@ class Mirror:
                 await self._files.make(record)
             case Transfer():
                 await self._transfers.make(record)
+            case Hit():
+                await self._probes.hit(record)
             case Birth():
                 await processes.bear(record)
             case Program():
@@ -155,6 +173,21 @@ class Mirror:
                 await self._processes.give_up(shadow)
 
     # ---- what the mount's requests need
+
+    async def uprobes_changed(self, tid: int) -> None:
+        """Return when the programs of the host will hit the uprobes that there are now."""
+        await self._probes.changed(tid)
+
+    async def _tell(self, packet: Site | Sites) -> None:
+        data = encode(packet)
+        while len(data) <= PACKET_MAX:
+            try:
+                self._socket.send(data)
+                return
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._socket)
+            except OSError:
+                return  # the recorder is gone
 
     async def catch_up(self, tid: int) -> None:
         """Wait until all that was recorded is done, and the shadow of `tid` waits for nothing."""

@@ -45,6 +45,27 @@ class OpenFile(NamedTuple):
     position: int
 
 
+class Probed:
+    """What the probes of a process need in the guest; its threads share it.
+
+    `descriptors` are of the files with probes, `catches`: it has handlers for exceptions; `trampoline` is where its
+    kernel has functions return to, 0 while that is not known.
+    """
+
+    __slots__ = ("catches", "descriptors", "trampoline")
+
+    def __init__(self) -> None:
+        self.catches = False
+        self.descriptors: dict[int, int] = {}
+        self.trampoline = 0
+
+    def copy(self) -> Probed:
+        """Return what a forked process has."""
+        other = Probed()
+        other.catches, other.descriptors, other.trampoline = self.catches, dict(self.descriptors), self.trampoline
+        return other
+
+
 class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest.
 
@@ -52,7 +73,7 @@ class Mirrored(Shadow):
     that will have ended it, if nothing else is known of its end.
     """
 
-    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "parent", "status", "tgid", "umask")
+    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "parent", "probed", "status", "tgid", "umask")
     apart = True
     root = OTHER_ROOT
 
@@ -62,6 +83,7 @@ class Mirrored(Shadow):
         self.parent = birth.parent
         self.umask = birth.umask
         self.files: dict[int, OpenFile] = {}
+        self.probed = Probed()
         self.cwd = "/"
         self.ended = False  # its process has, on the host, without telling
         self.status: int | None = None  # with which it has
@@ -160,6 +182,7 @@ class Processes:
         shadow.cwd = parent.cwd
         shadow.privileged = parent.privileged
         shadow.files = parent.files if shares else dict(parent.files)
+        shadow.probed = parent.probed if shares else parent.probed.copy()
         return shadow
 
     async def _leave_init(self, shadow: Mirrored) -> None:
@@ -203,6 +226,7 @@ class Processes:
                 self._shadows.remove(thread)
         shadow.descriptors = dict(shadow.descriptors)  # the kernel makes a shared table its own
         shadow.files = dict(shadow.files)
+        shadow.probed = Probed()
         name = os.fsencode(program.file.text)
         where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
         async with shadow.lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -16,9 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
-from fakefs.mirror import credentials, signals
+from fakefs.mirror import credentials, signals, trampoline
 from fakefs.mirror.calls import BY_NUMBER, Call
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
@@ -28,15 +30,18 @@ from fakefs.mirror.records import (
     Files,
     Name,
     PathArgument,
+    Placed,
     Plain,
     Program,
     Record,
     Sleep,
     Transfer,
     Wait,
+    decode,
     encode,
 )
 from fakefs.mirror.seccomp import Listener, Notification, read_memory, read_string
+from fakefs.mirror.uprobes import Uprobes
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -82,12 +87,15 @@ class Recorder:
         listener: Listener,
         daemon: socket.socket,
         paths: HostPaths,
+        uprobes: Uprobes,
         outside: int,
         in_flight: Callable[[int], None] = lambda identity: None,
     ) -> None:
         self._listener = listener
         self._daemon: socket.socket | None = daemon
+        self._told = daemon.fileno()
         self._paths = paths
+        self._uprobes = uprobes
         self._outside = outside
         self._in_flight = in_flight
         self._threads: dict[int, Thread] = {}
@@ -112,7 +120,15 @@ class Recorder:
 
     def run(self) -> None:
         """Serve until the listener ends."""
+        ready = select.poll()
+        ready.register(self._listener.fd, select.POLLIN)
+        ready.register(self._told, select.POLLIN)
         while True:
+            events = dict(ready.poll())
+            if events.get(self._told, 0) and not self._take():
+                ready.unregister(self._told)
+            if not events.get(self._listener.fd, 0):
+                continue
             try:
                 notification = self._listener.receive()
             except InterruptedError:
@@ -120,6 +136,8 @@ class Recorder:
             except OSError:
                 return
             if notification is None:
+                if events[self._listener.fd] & select.POLLHUP:
+                    ready.unregister(self._listener.fd)  # the last program has ended: as with it, nothing is left to do
                 continue
             self._in_flight(notification.id)
             try:
@@ -128,6 +146,16 @@ class Recorder:
             finally:
                 self._listener.proceed(notification.id)
                 self._in_flight(0)
+
+    def _take(self) -> bool:
+        """Take in what the daemon tells; False when it is gone."""
+        try:
+            packet = b"" if self._daemon is None else self._daemon.recv(PACKET_MAX)
+        except OSError:
+            return False
+        if packet and (placed := self._uprobes.take(decode(packet))) is not None:
+            self._send(placed)
+        return bool(packet)
 
     def _note(self, notification: Notification) -> None:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile."""
@@ -143,7 +171,7 @@ class Recorder:
             for record in records:
                 self._send(record)
 
-    def _send(self, record: Record) -> None:
+    def _send(self, record: Record | Placed) -> None:
         packet = encode(record)
         if self._daemon is None or len(packet) > PACKET_MAX:
             return
@@ -162,13 +190,20 @@ class Recorder:
     # ---- threads
 
     def _records(self, notification: Notification) -> Iterator[Record]:
-        call = BY_NUMBER[notification.number]
         if notification.tid not in self._threads:
             yield from self._births(notification.tid)
             if notification.tid not in self._threads:
                 return  # it has been killed
+        waits = partial(self._listener.is_valid, notification.id)
+        if notification.number == trampoline.NUMBER:
+            yield from self._uprobes.hit(notification, waits)
+            return
+        call = BY_NUMBER[notification.number]
         if self._programs and self._is_new_image(notification.tid, call):
             yield from self._new_program(notification, call)
+        if call.name not in ("execve", "execveat"):
+            parent = self._threads[notification.tid].parent
+            self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
         if call.arguments.startswith("O"):
             yield self._transfer(notification, call)

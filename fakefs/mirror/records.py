@@ -1,5 +1,7 @@
 """What the recorder tells the daemon of the host's processes, one packet each, in the order in which it happened.
 
+The daemon tells it of uprobes.
+
 Paths are texts as os.fsdecode() makes them, so that every name survives. Thread and process ids are those of the PID
 namespace in which both live.
 """
@@ -7,6 +9,7 @@ namespace in which both live.
 from __future__ import annotations
 
 import json
+from enum import IntEnum
 from typing import NamedTuple, get_args
 
 PACKET_MAX = 1 << 16
@@ -144,16 +147,70 @@ class Transfer(NamedTuple):
     data: str
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer
-_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in get_args(Record)}
+class Returns(IntEnum):
+    """What is known of the return from a function at whose beginning a thread is."""
+
+    NOT = 0
+    """It will not be told of."""
+    TOLD = 1
+    """It will be."""
+    TOLD_ALREADY = 2
+    """It will be, and that was so before: the function was jumped to by another that is probed."""
 
 
-def encode(record: Record) -> bytes:
+class Hit(NamedTuple):
+    """A thread has come to a probed instruction, or (`probe` 0) back from a probed function.
+
+    `registers` are those of `fakefs.mirror.trampoline.SAVED`, then the stack pointer; `address` is that of the
+    instruction, or where the function returns to. `memory` is what is at some addresses, in base64.
+    """
+
+    tid: int
+    probe: int
+    address: int
+    registers: list[int]
+    returns: int
+    memory: list[tuple[int, str]]
+
+
+class Placed(NamedTuple):
+    """The sites that the daemon has told of are placed."""
+
+    number: int
+
+
+class Site(NamedTuple):
+    """From the daemon: an instruction with uprobes, in a file of the host's, and their arguments as in uprobe_events.
+
+    `id` is never another's. `returns` are the arguments of those on return, None without such.
+    """
+
+    id: int
+    device: int
+    inode: int
+    offset: int
+    entry: list[str]
+    returns: list[str] | None
+
+
+class Sites(NamedTuple):
+    """From the daemon: the sites told of since the last of these are all. `tid` has defined one, and waits."""
+
+    number: int
+    tid: int
+
+
+Record = Birth | Program | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer | Hit
+Packet = Record | Placed | Site | Sites
+_KINDS: dict[str, type[Packet]] = {kind.__name__: kind for kind in get_args(Packet)}
+
+
+def encode(record: Packet) -> bytes:
     """Return a packet."""
     return json.dumps([type(record).__name__, *record], separators=(",", ":")).encode()
 
 
-def decode(packet: bytes) -> Record:
+def decode(packet: bytes) -> Packet:
     """Return what `encode()` was given. The other end is a process of ours: nothing else arrives."""
     kind, *values = json.loads(packet)
     if kind == "Program":

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakefs.mirror import calls
-from fakefs.mirror.calls import Level
+from fakefs.mirror import calls, trampoline
+from fakefs.mirror.calls import Call, Level
 from fakefs.mirror.seccomp import Listener, Rule, install, program, read_memory, read_string
 
 _X86_64, _I386 = 0xC000003E, 0x40000003
@@ -80,8 +80,10 @@ def test_too_many_rules_are_refused() -> None:
 
 
 def test_levels() -> None:
-    names = {level: {calls.BY_NUMBER[rule.number].name for rule in calls.rules(level)} for level in Level}
+    known = calls.BY_NUMBER | {trampoline.NUMBER: Call(trampoline.NUMBER, "trampoline", Level.PROCESS)}
+    names = {level: {known[rule.number].name for rule in calls.rules(level)} for level in Level}
     assert names[Level.OFF] == set()
+    assert "trampoline" in names[Level.PROCESS]
     assert {"execve", "exit_group", "nanosleep"} <= names[Level.PROCESS] < names[Level.FILES]
     assert {"openat", "unlinkat", "renameat2"} <= names[Level.FILES] - names[Level.PROCESS]
     code = program(calls.rules(Level.FILES))
