@@ -53,6 +53,10 @@ static void note(fuse_req_t req, const struct fuse_file_info *file)
 
 static void on_init(void *userdata, struct fuse_conn_info *conn)
 {
+	/* See fuse_session_receive_buf() below. Before their init(), which tells that the mount answers. */
+	int fd = fuse_session_fd(session);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+
 	theirs.init(userdata, conn);
 	conn->max_background = MAX_BACKGROUND;
 	conn->congestion_threshold = CONGESTION_THRESHOLD;
@@ -62,9 +66,6 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ;
 	/* A splice that waits for data waits in its own request, which a signal can interrupt. */
 	conn->want &= ~(unsigned)FUSE_CAP_ASYNC_READ;
-	/* See fuse_session_receive_buf() below. */
-	int fd = fuse_session_fd(session);
-	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
 #define UNPACK(...) __VA_ARGS__
