@@ -173,8 +173,10 @@ class Agent:
         """Called when a task is about to leave the CPU for ever: take its slot back if it has one."""
         assert self.facts is not None
         task_struct = self._current_task(self.facts, "gs_base")
+        pid = self._read_virtual(task_struct + self.facts.task_pid, 4)
         for task in self.tasks.values():
-            if task.task_struct == task_struct:
+            # One that is killed before its first hypercall is known by its pid alone.
+            if task.task_struct == task_struct or (not task.task_struct and task.pid == pid):
                 task.dead = True
                 self.forget(task)
                 current, task.current = task.current, None
@@ -274,8 +276,11 @@ class Agent:
         """Return the running task's task_struct. In user mode the kernel's GS base waits in `kernel_gs_base`."""
         cpu = self.machine.cpu
         per_cpu = cpu.read(per_cpu_base)
-        at = facts.current_task + per_cpu & (1 << 64) - 1
-        return int.from_bytes(self.machine.memory.read_virtual(at, 8, cpu.read("cr3")), "little")
+        return self._read_virtual(facts.current_task + per_cpu & (1 << 64) - 1, 8)
+
+    def _read_virtual(self, address: int, size: int) -> int:
+        cr3 = self.machine.cpu.read("cr3")
+        return int.from_bytes(self.machine.memory.read_virtual(address, size, cr3), "little")
 
     def _wake_waiting(self) -> None:
         """Link an irq_work for every sleeper that has requests and was not woken lately."""

@@ -56,6 +56,7 @@ class WakeFacts(Facts):
     work_func: int
     sleeper_task: int  # in hrtimer_sleeper
     task_dead: int  # address of the last function that a task calls
+    task_pid: int  # in task_struct
 
     @classmethod
     def for_ram(cls, values: object, ram_size: int) -> WakeFacts:
@@ -258,6 +259,7 @@ def wake_facts(
             work_func=btf.offsetof("irq_work", "func"),
             sleeper_task=btf.offsetof("hrtimer_sleeper", "task"),
             task_dead=symbols["do_task_dead"],
+            task_pid=btf.offsetof("task_struct", "pid"),
         )
     except KeyError as missing:
         raise EmulatorError(f"this kernel has no {missing.args[0]}: it cannot be used; try another kernel") from None

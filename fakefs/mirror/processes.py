@@ -127,9 +127,9 @@ class Processes:
         self._full = False
 
     def find(self, tid: int) -> Mirrored | None:
-        """Return the shadow of a thread."""
+        """Return the shadow of a thread; None also for one that was killed in the guest."""
         shadow = self._shadows.alive(tid)
-        return shadow if isinstance(shadow, Mirrored) else None
+        return shadow if isinstance(shadow, Mirrored) and not shadow.task.dead else None
 
     def group(self, tgid: int) -> list[Mirrored]:
         """Return the shadows of a process's threads."""
@@ -311,7 +311,9 @@ class Processes:
         """Report the processes that have ended by now without telling."""
         for fd, _ in self._ends.poll(0):
             shadow = self._followed[fd]
-            if not shadow.ended and not shadow.task.dead:
+            if shadow.task.dead:
+                self._shadows.remove(shadow)
+            elif not shadow.ended:
                 self._ended(shadow, read_exit_status(fd, shadow.tid))
 
     def _ended(self, shadow: Mirrored, status: int | None) -> None:
