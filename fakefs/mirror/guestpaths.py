@@ -2,6 +2,9 @@
 
 All that is there was put there by us or by calls that were mirrored, so what is there is known: `known` needs no
 question to the guest. What differs is changed by the guest's init, before the call.
+
+They take a part of the guest's memory and no more: where that is full, files are removed that were made first, and made
+again when they are looked at; what was written to files is forgotten, and reads as zeros.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ _GUESTS_OWN = ("/dev/", "/proc", "/sys")
 """What begins with this is the guest's own, below the root directory of mirrored processes too."""
 
 
+_RAM_PER_FILE = 16384
+"""Bytes of the guest's RAM for each file that may be there; the kernel's limit for such a root is 8192."""
+_PAGE = 4096
+
 Wish = tuple[int | bytes, ...]
 """A system call; strings stand where the call has their address."""
 
@@ -38,7 +45,11 @@ class GuestPaths:
         self._shadows = shadows
         self.known: dict[str, Entry] = {}
         self._stubs: set[str] = set()
+        self._ends: dict[str, int] = {}  # of what was written to files, bytes
         self._calls: list[Wish] = []
+        ram = shadows.pump.machine.ram_size
+        self._files_most = self._files_full = ram // _RAM_PER_FILE
+        self._content_most, self._content = ram // 8, 0  # bytes
 
     # ---- what mirrored calls do
 
@@ -51,6 +62,7 @@ class GuestPaths:
         for each in self._below(path):
             del self.known[each]
             self._stubs.discard(each)
+            self._ends.pop(each, None)
 
     def renamed(self, old: str, new: str, *, exchanged: bool) -> None:
         """A call has renamed a file or a directory, or exchanged two."""
@@ -58,18 +70,20 @@ class GuestPaths:
         taken = [self._take(path) for path, _ in moving]
         if not exchanged:
             self.removed(new)
-        for (old_path, new_path), (entries, stubs) in zip(moving, taken, strict=True):
+        for (old_path, new_path), (entries, stubs, ends) in zip(moving, taken, strict=True):
             for path, entry in entries.items():
                 moved = new_path + path[len(old_path) :]
                 self.known[moved] = entry._replace(path=moved)
                 if path in stubs:
                     self._stubs.add(moved)
+                if path in ends:
+                    self._ends[moved] = ends[path]
 
-    def _take(self, path: str) -> tuple[dict[str, Entry], set[str]]:
+    def _take(self, path: str) -> tuple[dict[str, Entry], set[str], dict[str, int]]:
         entries = {each: self.known[each] for each in self._below(path)}
-        stubs = self._stubs & entries.keys()
+        stubs, ends = self._stubs & entries.keys(), {each: self._ends[each] for each in self._ends.keys() & entries}
         self.removed(path)
-        return entries, stubs
+        return entries, stubs, ends
 
     def linked(self, old: str, new: str) -> None:
         """A call has given a file a second name."""
@@ -78,10 +92,22 @@ class GuestPaths:
             if old in self._stubs:
                 self._stubs.add(new)
 
+    def written(self, path: str, start: int, size: int) -> None:
+        """A call has written bytes to a file, which take memory of the guest until they are too many."""
+        self._ends[path] = max(self._ends.get(path, 0), start + size)
+        self._content += size + 2 * _PAGE
+        if self._content > self._content_most:
+            for each, end in self._ends.items():
+                self._call(Sys.TRUNCATE, _inside(each), 0)
+                self._call(Sys.TRUNCATE, _inside(each), end)
+            self._content = 0
+            self._ends.clear()
+
     # ---- making equal
 
     async def make(self, entries: Iterable[Entry], *, writes: bool) -> None:
         """Have the guest have what the host has. `writes`: the last one may be written to, so it is no stub then."""
+        self._make_room()
         entry = None
         for entry in entries:
             self._equal(entry)
@@ -111,11 +137,21 @@ class GuestPaths:
             self._remove(entry.path)
             known = None
         if known is None:
-            if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN):
+            has_room = len(self.known) < self._files_most * 3 // 2
+            if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN) and has_room:
                 self._create(entry)
         elif known.mode != entry.mode and entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
             self._call(Sys.FCHMODAT, AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
             self.known[entry.path] = known._replace(mode=entry.mode)
+
+    def _make_room(self) -> None:
+        """Queue the removal of files, when there are many; links and directories are told of only once."""
+        if len(self.known) < self._files_full:
+            return
+        files = [path for path, entry in self.known.items() if stat.S_ISREG(entry.mode) and path not in self._stubs]
+        for path in files[: self._files_most // 4]:
+            self._remove(path)
+        self._files_full = max(self._files_most, len(self.known) + self._files_most // 16)
 
     def _create(self, entry: Entry) -> None:
         mode, permissions = entry.mode, entry.mode & _PERMISSIONS
@@ -138,6 +174,7 @@ class GuestPaths:
         for each in sorted(self._below(path), reverse=True):
             entry = self.known.pop(each)
             self._stubs.discard(each)
+            self._ends.pop(each, None)
             flags = AT_REMOVEDIR if stat.S_ISDIR(entry.mode) else 0
             self._call(Sys.UNLINKAT, AT_FDCWD, _inside(each), flags)
 

@@ -85,4 +85,7 @@ class Transfers:
             position = max(results[-1], 0)
         elif record.number in _MOVES:
             position += max(results[-1], 0)
+        if data and file.path and results[-1] > 0:
+            start = position - results[-1] if record.number in _MOVES else record.arguments[-1] or 0
+            self._paths.written(file.path, start, results[-1])
         shadow.files[record.fd] = file._replace(position=position)
