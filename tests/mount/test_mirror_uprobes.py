@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from fakefs.records import Record
+from fakefs.records import Record, parse
 from tests.mount.conftest import Run
 from tests.mount.mirrored import SETUP, SHOW, hits
 from tests.uprobes import Program, c_library
@@ -45,6 +46,19 @@ int main(int argc, char **argv)
 @pytest.fixture(scope="module")
 def greet(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return Program(tmp_path_factory.mktemp("greet") / "greet", "-fno-optimize-sibling-calls", text=_GREET)
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    text = Path(__file__).with_name("probed.c").read_text()
+    return Program(tmp_path_factory.mktemp("probed") / "probed", "-pthread", "-fno-optimize-sibling-calls", text=text)
+
+
+def on_all(program: Program, *functions: str) -> str:
+    """The commands that define and enable probes at the beginning of functions and on return from them."""
+    lines = [f"p:{name} {program.at(name)} a=%di" for name in functions]
+    lines += [f"r:r_{name} {program.at(name)} r=$retval" for name in functions]
+    return "".join(f"echo '{line}' >> uprobe_events\n" for line in lines) + "on uprobes\n"
 
 
 def entry(program: str) -> str:
@@ -151,3 +165,64 @@ def test_the_shell_that_defines_a_probe(run: Run) -> None:
     assert [hit.task for hit in seen] == ["bash"] * len(seen)
     assert texts(seen, "echoes")[:3] == [f'first="{word}"' for word in ("one", "two", done.stderr.strip())]
     assert seen[0].pid == seen[2].pid == int(done.stderr) != seen[1].pid
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_a_program_does_not_notice(run: Run, probed: Program) -> None:
+    """Forks, jumps out of functions, threads, signals and nonsense: all say what they say without probes."""
+    plain = subprocess.run([probed.path], capture_output=True, text=True, check=False)
+    functions = ("forks", "jumps", "many", "deep", "adds")
+    done = run(
+        SETUP
+        + "echo 20000 > buffer_size_kb\n"
+        + on_all(probed, *functions)
+        + f"{probed.path} >&2; echo status $? >&2\n"
+        + SHOW
+    )
+    assert done.stderr == f"{plain.stdout}status {plain.returncode}\n"
+    counts = Counter(hit.event for hit in hits_of(done))
+    assert [counts[name] for name in functions[:4]] == [3, 150, 1, 201]
+    assert [counts[f"r_{name}"] for name in functions[1:3]] == [100, 1]
+    assert counts["r_deep"] in (16, 64)  # as many as there is room for
+    assert counts["adds"] == counts["r_adds"] > 170
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_a_function_returns_without_the_recorder(run: Run, probed: Program) -> None:
+    done = run(
+        SETUP
+        + on_all(probed, "waits")
+        + f"""
+        coproc {probed.path} wait 41
+        read line <&${{COPROC[0]}}; echo $line
+        for pid in $(ls /proc | grep '^[0-9]*$'); do
+            [ "$(cut -d' ' -f4 /proc/$pid/stat 2>/dev/null)" = 1 ] && [ $pid != $$ ] && recorder=$pid
+        done
+        kill -9 $recorder; sleep 0.1
+        echo >&${{COPROC[1]}}; wait $COPROC_PID; echo $?
+        """
+    )
+    assert done.stdout == "waits\n42\n"
+    assert done.stderr == "fakefs: what follows is not mirrored: the process that records it is gone\n"
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_probes_that_are_removed(run: Run, greet: Program) -> None:
+    """The program that has the trampolines goes on; the same probe hits again when it is back."""
+    define = f"echo 'p:greet {greet.at('greet')}' > uprobe_events; on uprobes"
+    done = run(
+        SETUP
+        + f"""
+        {define}
+        {greet.path} a 1 > /dev/null
+        cat trace
+        echo 0 > events/enable; echo > uprobe_events
+        {greet.path} b 1 > /dev/null
+        cat trace
+        {define}
+        {greet.path} c 1 > /dev/null
+        cat trace
+        """
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert [hit.event for hit in parse(done.stdout) if hit.event] == ["greet"] * 2
