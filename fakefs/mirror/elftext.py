@@ -57,7 +57,7 @@ class ElfText:
             if ident[:6] != b"\x7fELF\x02\x01" or machine != _MACHINE_X86_64 or phentsize != _SEGMENT.size:
                 raise ValueError("not ELF for x86-64")
             self._headers = [_SEGMENT.unpack_from(data, phoff + index * phentsize) for index in range(phnum)]
-        except struct.error:
+        except (struct.error, OverflowError):
             raise ValueError("cut short") from None
         self.segments = [
             Segment(offset, address, size)
@@ -122,7 +122,7 @@ class ElfText:
     def _functions(self) -> list[int]:
         try:
             return self._from_frames() or list(self._from_symbols())
-        except struct.error:
+        except (struct.error, OverflowError):
             raise NotMovable("cut short") from None
 
     def _from_frames(self) -> list[int]:

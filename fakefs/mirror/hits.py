@@ -199,7 +199,7 @@ class Probes:
                 self._file_of[number] = self._files[copy]
             site = found.get(number)
             if site is None:
-                site = Site(number, copy.identity.device, copy.identity.inode, key.offset, [], None)
+                site = Site(number, tuple(copy.identity), key.offset, [], None)
             arguments = match[4].decode("latin-1").split()
             if match[1] == b"p":
                 site = site._replace(entry=site.entry + arguments)

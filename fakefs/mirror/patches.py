@@ -18,21 +18,17 @@ from typing import NamedTuple
 
 from fakefs.mirror import trampoline
 from fakefs.mirror.elftext import ElfText, Segment
-from fakefs.mirror.records import Returns, Site
+from fakefs.mirror.records import Contents, Returns, Site
 from fakefs.mirror.trampoline import CODE_MAX, ENTRY, JUMP_SIZE, ROOM, SIGNATURE, STUB_CODE, STUB_TABLE, NotMovable
 
 _PAGE = 4096
 _FILE_MAX = 1 << 28
-_FILES_KEPT = 256
+_FILES_KEPT, _SITES_KEPT = 256, 1 << 16
 _MAPS_MAX = 1 << 20
 _STACK_MAX = 1 << 20
 _ENTRIES = (64, 16)  # of a table of return addresses: as deep as the kernel goes, or what there is room for
 _FAR = (1 << 31) - (1 << 24)
 _RED_ZONE = 128
-
-Place = tuple[int, int]
-"""A file, by device and inode."""
-
 
 class Mapped(NamedTuple):
     """A private mapping of code. `end` and `start` are addresses, `offset` is in the file."""
@@ -40,7 +36,7 @@ class Mapped(NamedTuple):
     start: int
     end: int
     offset: int
-    place: Place
+    file: Contents
     path: str
 
 
@@ -52,9 +48,8 @@ class Code:
 
     def __init__(self, never: int) -> None:
         self._never = never
-        self._places: dict[tuple[str, int, str], Place | None] = {}
-        self._segments: dict[Place, list[Segment]] = {}
-        self._replaceable: dict[tuple[Place, int], int] = {}
+        self._segments: dict[Contents, list[Segment]] = {}
+        self._replaceable: dict[tuple[Contents, int], int] = {}
 
     def mapped(self, tid: int) -> list[Mapped]:
         """Return the mappings of a process that have code of a file. Raises OSError."""
@@ -67,44 +62,46 @@ class Code:
                 continue
             start, end = (int(word, 16) for word in words[0].split(b"-"))
             path = os.fsdecode(words[5])
-            place = self._place(tid, words[3].decode(), int(words[4]), path)
-            if place is not None:
-                found.append(Mapped(start, end, int(words[2], 16), place, path))
+            file_mapped = self._file(tid, words[3].decode(), path)
+            if file_mapped is not None:
+                found.append(Mapped(start, end, int(words[2], 16), file_mapped, path))
         return found
 
-    def _place(self, tid: int, device: str, inode: int, path: str) -> Place | None:
-        """Return st_dev and st_ino of a mapped file, which the numbers in /proc/PID/maps need not be."""
-        key = (device, inode, path)
-        if key not in self._places:
-            if len(self._places) >= _FILES_KEPT:
-                self._places.clear()
-            self._places[key] = None
-            major, minor = (int(each, 16) for each in device.split(":"))
-            if os.makedev(major, minor) != self._never:
-                with suppress(OSError):
-                    found = os.stat(f"/proc/{tid}/root{path}")
-                    if found.st_dev != self._never:
-                        self._places[key] = (found.st_dev, found.st_ino)
-        return self._places[key]
+    def _file(self, tid: int, device: str, path: str) -> Contents | None:
+        """Return which file is mapped: its numbers in /proc/PID/maps need not be those that stat(2) gives."""
+        major, minor = (int(each, 16) for each in device.split(":"))
+        if os.makedev(major, minor) == self._never:
+            return None
+        try:
+            found = os.stat(f"/proc/{tid}/root{path}")
+        except OSError:
+            return None
+        return None if found.st_dev == self._never else _contents(found)
 
     def segments(self, tid: int, mapped: Mapped) -> list[Segment]:
         """Return the code segments of a mapped file; none when it is odd."""
-        if mapped.place not in self._segments:
+        if mapped.file not in self._segments:
             if len(self._segments) >= _FILES_KEPT:
                 self._segments.clear()
-            self._segments[mapped.place] = []
+            self._segments[mapped.file] = []
             with suppress(OSError, ValueError):
-                self._segments[mapped.place] = ElfText(_read(tid, mapped, _PAGE)).segments
-        return self._segments[mapped.place]
+                self._segments[mapped.file] = ElfText(_read(tid, mapped, _PAGE)).segments
+        return self._segments[mapped.file]
 
     def replaceable(self, tid: int, mapped: Mapped, offset: int) -> int:
         """Return how many bytes a jump would replace; 0 when it may not be written."""
-        key = (mapped.place, offset)
+        key = (mapped.file, offset)
         if key not in self._replaceable:
+            if len(self._replaceable) >= _SITES_KEPT:
+                self._replaceable.clear()
             self._replaceable[key] = 0
             with suppress(OSError, ValueError, NotMovable):
                 self._replaceable[key] = ElfText(_read(tid, mapped, _FILE_MAX)).replaceable(offset)
         return self._replaceable[key]
+
+
+def _contents(status: os.stat_result) -> Contents:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read(tid: int, mapped: Mapped, size: int) -> bytes:
@@ -112,7 +109,7 @@ def _read(tid: int, mapped: Mapped, size: int) -> bytes:
     fd = os.open(f"/proc/{tid}/root{mapped.path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != mapped.place or status.st_size > _FILE_MAX:
+        if _contents(status) != mapped.file or status.st_size > _FILE_MAX:
             raise ValueError("not the file that is mapped")
         return file.read(size)
 
@@ -156,11 +153,11 @@ class Process:
 
     # ---- entries
 
-    def place(self, sites: Mapping[Place, Iterable[Site]]) -> None:
+    def place(self, sites: Mapping[Contents, Iterable[Site]]) -> None:
         """Have all instructions that `sites` says tell. Raises OSError, for one, when there are other threads."""
         stack: bytes | None = None
         for mapped in self.mapped:
-            for site in sites.get(mapped.place, ()):
+            for site in sites.get(mapped.file, ()):
                 address = mapped.start + site.offset - mapped.offset
                 if not mapped.start <= address < mapped.end - JUMP_SIZE:
                     continue

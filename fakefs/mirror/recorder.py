@@ -184,6 +184,7 @@ class Recorder:
             case Files(paths=paths):
                 for path in paths:
                     self._paths.tell(path.entries)
+                    self._uprobes.opened(record.tid, path.text)
             case Program(file=file) | Transfer(file=file):
                 self._paths.tell(file.entries)
 

@@ -179,6 +179,10 @@ class Placed(NamedTuple):
     number: int
 
 
+Contents = tuple[int, ...]
+"""A file with what is in it: st_dev, st_ino, st_size and st_mtime_ns. A new file may get the inode of an old one."""
+
+
 class Site(NamedTuple):
     """From the daemon: an instruction with uprobes, in a file of the host's, and their arguments as in uprobe_events.
 
@@ -186,8 +190,7 @@ class Site(NamedTuple):
     """
 
     id: int
-    device: int
-    inode: int
+    file: Contents
     offset: int
     entry: list[str]
     returns: list[str] | None
@@ -215,6 +218,8 @@ def decode(packet: bytes) -> Packet:
     kind, *values = json.loads(packet)
     if kind == "Program":
         values[1] = _path(values[1])
+    elif kind == "Site":
+        values[1] = tuple(values[1])
     elif kind == "Transfer":
         values[3] = _path(values[3])
     elif kind == "Files":

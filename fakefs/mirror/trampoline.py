@@ -72,12 +72,15 @@ def build(probe: int, site: int, code: bytes, at: int) -> Patch:
     moved += b"\xbf" + struct.pack("<I", probe)  # mov $probe,%edi
     moved += b"\x48\x8d\x15" + _relative(site, at + len(moved) + 7)  # lea site(%rip),%rdx
     moved += _SYSCALL + _RESTORE
-    replaced = 0
+    replaced, left = 0, False
     for instruction in disassembler().disasm(code[:CODE_MAX], site):
         replaced += instruction.size
-        last = replaced >= JUMP_SIZE
-        moved += _moved(instruction, at + len(moved), last=last)
-        if last:
+        if not left:
+            left = _leaves(instruction)
+            moved += _moved(instruction, at + len(moved), last=left or replaced >= JUMP_SIZE)
+        elif instruction.mnemonic not in ("nop", "int3"):
+            raise NotMovable("too short")  # else what is behind the end of a function is not executed
+        if replaced >= JUMP_SIZE:
             break
     else:
         raise NotMovable("no instructions")
@@ -93,6 +96,11 @@ def is_one(code: bytes, probe: int) -> bool:
 def window(code: bytes) -> int:
     """Return how many bytes a jump at the beginning of `code` replaces. Raises NotMovable."""
     return build(1, 1 << 32, code, (1 << 32) + 4096).replaced
+
+
+def _leaves(instruction: Any) -> bool:
+    """Does control never come to what is behind an instruction?"""
+    return instruction.mnemonic.split()[-1] in ("ret", "jmp")
 
 
 def _moved(instruction: Any, at: int, *, last: bool) -> bytes:

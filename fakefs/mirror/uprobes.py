@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from fakefs.mirror.fetchargs import Memory, look
-from fakefs.mirror.patches import Code, Place, Process
-from fakefs.mirror.records import Hit, Packet, Placed, Returns, Site, Sites
+from fakefs.mirror.patches import Code, Process
+from fakefs.mirror.records import Contents, Hit, Packet, Placed, Returns, Site, Sites
 from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.trampoline import BELOW_STACK, RETURN, SAVED, SAVED_SIZE
 
@@ -34,7 +34,7 @@ class Uprobes:
         self._code = Code(guest_device)
         self._sites: dict[int, Site] = {}
         self._coming: dict[int, Site] = {}
-        self._by_file: dict[Place, list[Site]] = {}
+        self._by_file: dict[Contents, list[Site]] = {}
         self._seen: set[int] = set()  # threads, since the sites changed
         self._pending: dict[tuple[int, int], int] = {}  # probe by thread and place of the return address
 
@@ -47,7 +47,7 @@ class Uprobes:
         self._sites, self._coming = self._coming, {}
         self._by_file.clear()
         for site in self._sites.values():
-            self._by_file.setdefault((site.device, site.inode), []).append(site)
+            self._by_file.setdefault(site.file, []).append(site)
         self._seen.clear()
         self._seen.add(packet.tid)
         self._visit(packet.tid, lambda: True)
@@ -63,6 +63,11 @@ class Uprobes:
             self._seen.add(tid)
             if loaded or not _has_threads(parent):
                 self._visit(tid, waits)
+
+    def opened(self, tid: int, path: str) -> None:
+        """A thread opens a file: if that may be a library, its next call finds it mapped."""
+        if ".so" in path:
+            self._seen.discard(tid)
 
     def _visit(self, tid: int, waits: Callable[[], bool]) -> None:
         if self._by_file:

@@ -226,3 +226,45 @@ def test_probes_that_are_removed(run: Run, greet: Program) -> None:
     )
     assert (done.stderr, done.returncode) == ("", 0)
     assert [hit.event for hit in parse(done.stdout) if hit.event] == ["greet"] * 2
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_a_library_that_is_loaded_later(run: Run, tmp_path: Path) -> None:
+    """In a program that runs: it is hit from the next call on that is mirrored."""
+    library = Program(tmp_path / "later.so", "-shared", "-fPIC", text="int later(int a) { return a * 1000 + 1; }")
+    load = f"""import ctypes; library = ctypes.CDLL("{library.path}"); open("/dev/null"); print(library.later(5))"""
+    done = run(
+        SETUP
+        + f"""
+        echo 'p:later {library.at("later")} a=%di:s32' > uprobe_events
+        on uprobes
+        python3 -c '{load}' >&2
+        """
+        + SHOW
+    )
+    assert done.stderr == "5001\n"
+    assert texts(hits_of(done), "later") == ["a=5"]
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_a_program_that_is_built_anew(run: Run, greet: Program, tmp_path: Path) -> None:
+    """A probe is on what was there when it was defined, as on an inode."""
+    program = tmp_path / "program"
+    define = f"echo 'p:greet {greet.at('greet').replace(str(greet.path), str(program))} times=%si:s32' >> uprobe_events"
+    done = run(
+        SETUP
+        + f"""
+        cp {greet.path} {program}
+        {define}; on uprobes/greet
+        {program} a 1 > /dev/null
+        cat {greet.path} - > {program} <<< 'another one'
+        {program} a 2 > /dev/null
+        echo 0 > events/uprobes/enable
+        {define.replace("p:greet", "p:again")}; on uprobes/again
+        {program} a 3 > /dev/null
+        """
+        + SHOW
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    seen = hits_of(done)
+    assert (texts(seen, "greet"), texts(seen, "again")) == (["times=1"], ["times=3"])
