@@ -7,10 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fakefs import kernels
 
 _TIERS = ("guest", "mount")
+
+settings.register_profile("noisy machine", deadline=None)  # a slow example says something about the machine
+settings.load_profile("noisy machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
