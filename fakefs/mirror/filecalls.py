@@ -114,6 +114,10 @@ class FileCalls:
         match name:
             case "open" | "openat" | "creat" if not there.mode:
                 paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions))
+            case "open" | "openat" | "creat" if self._flags(record) & os.O_TRUNC:
+                paths.resized(there.path, 0)
+            case "truncate" | "ftruncate":
+                paths.resized(there.path, numbers[-1])
             case "mkdir" | "mkdirat":
                 paths.created(there._replace(mode=stat.S_IFDIR | numbers[-1] & permissions))
             case "mknod" | "mknodat":

@@ -39,10 +39,11 @@ def _inside(path: str) -> bytes:
 
 
 class GuestPaths:
-    """What there is in the guest, by path on the host."""
+    """What there is in the guest, by path on the host. With `sized`, files have the host's sizes."""
 
-    def __init__(self, shadows: Shadows) -> None:
+    def __init__(self, shadows: Shadows, *, sized: bool) -> None:
         self._shadows = shadows
+        self._sized = sized
         self.known: dict[str, Entry] = {}
         self._stubs: set[str] = set()
         self._ends: dict[str, int] = {}  # of what was written to files, bytes
@@ -92,14 +93,22 @@ class GuestPaths:
             if old in self._stubs:
                 self._stubs.add(new)
 
+    def resized(self, path: str, size: int) -> None:
+        """A call has given a file another size, bytes."""
+        if path in self.known:
+            self.known[path] = self.known[path]._replace(size=size)
+
     def written(self, path: str, start: int, size: int) -> None:
         """A call has written bytes to a file, which take memory of the guest until they are too many."""
+        if path in self.known:
+            self.resized(path, max(self.known[path].size, start + size))
         self._ends[path] = max(self._ends.get(path, 0), start + size)
         self._content += size + 2 * _PAGE
         if self._content > self._content_most:
             for each, end in self._ends.items():
                 self._call(Sys.TRUNCATE, _inside(each), 0)
-                self._call(Sys.TRUNCATE, _inside(each), end)
+                size = max(end, self.known[each].size if each in self.known else 0)
+                self._call(Sys.TRUNCATE, _inside(each), size)
             self._content = 0
             self._ends.clear()
 
@@ -140,9 +149,12 @@ class GuestPaths:
             has_room = len(self.known) < self._files_most * 3 // 2
             if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN) and has_room:
                 self._create(entry)
-        elif known.mode != entry.mode and entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
-            self._call(Sys.FCHMODAT, AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
-            self.known[entry.path] = known._replace(mode=entry.mode)
+        elif entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
+            if known.mode != entry.mode:
+                self._call(Sys.FCHMODAT, AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
+            if known.size != entry.size and self._sized:
+                self._call(Sys.TRUNCATE, _inside(entry.path), entry.size)
+            self.known[entry.path] = known._replace(mode=entry.mode, size=entry.size)
 
     def _make_room(self) -> None:
         """Queue the removal of files, when there are many; links and directories are told of only once."""
@@ -163,6 +175,8 @@ class GuestPaths:
                 self._call(Sys.MKDIRAT, AT_FDCWD, path, permissions)
             else:
                 self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0)
+                if self._sized and entry.size:
+                    self._call(Sys.TRUNCATE, path, entry.size)
             if permissions & (_INIT_UMASK | 0o7000):
                 self._call(Sys.FCHMODAT, AT_FDCWD, path, permissions)
         if entry.uid or entry.gid:

@@ -56,7 +56,7 @@ class Mirror:
     ) -> None:
         self._socket = records
         records.setblocking(False)
-        paths = GuestPaths(shadows)
+        paths = GuestPaths(shadows, sized=level >= Level.ALL)
         self._shadows = shadows
         self._processes = Processes(shadows, paths, nursery, self._note_death, reaped=level >= Level.ALL)
         self._delivery = Delivery(shadows, self._processes)

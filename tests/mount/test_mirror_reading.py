@@ -78,3 +78,24 @@ def test_a_file_that_changes_is_the_new_one_in_the_guest(mirrored: Run, tmp_path
         *[("opened", "one")],
         *[("opened", "dir/there"), ("found", "there"), ("opened", "dir/here"), ("found", "here")],
     ]
+
+
+def test_files_have_their_sizes_where_they_are_read(mirrored: Run, tmp_path: Path) -> None:
+    """With `all`: what is read is as much as on the host, now and after the file has grown or shrunk."""
+    (tmp_path / "file").write_bytes(b"x" * 5000)
+    done = mirrored(
+        SETUP
+        + """
+        echo 'r:got vfs_read $retval' > kprobe_events
+        echo 'comm == "cat"' > events/kprobes/got/filter
+        on kprobes
+        cd "$OLDPWD"
+        cat file > /dev/null; truncate -s 3000 file; cat file > /dev/null; echo more >> file; cat file > /dev/null
+        : > file; cat file > /dev/null
+        """
+        + SHOW,
+        "all",
+    )
+    sizes = [int(str(hit.fields["arg1"]), 0) for hit in hits(done)]
+    assert [size for size in sizes if size in (5000, 3000, 3005)] == [5000, 3000, 3005]
+    assert sizes[-1] == 0
