@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Mapping
 from contextlib import closing, suppress
@@ -109,7 +110,8 @@ def run_program(path: Path, argv: list[str], env: Mapping[str, str], host: HostP
 
     It is one of the guest's, or of the host's. Signals that end us are sent to it instead.
     """
-    request = {"do": "exec", "argv": argv, "env": dict(env), "host": None if host is None else host.request()}
+    what = None if host is None else host.request()
+    request = {"do": "exec", "argv": argv, "env": dict(env), "host": what, "input_ends": _input_ends()}
     channel = Channel(path, request)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, lambda received, _frame: channel.send(SIGNAL, bytes([received])))
@@ -133,3 +135,16 @@ def run_program(path: Path, argv: list[str], env: Mapping[str, str], host: HostP
             if kind == ERROR:
                 raise UserError(data.decode("utf-8", "replace"))
             os.write(1 if kind == STDOUT else 2 if kind == STDERR else sys.stderr.fileno(), data)
+
+
+_INPUT_MAX = 16 << 20
+
+
+def _input_ends() -> bool:
+    """Whether standard input is nothing, or a file of no more than 16 MiB: it may be waited for."""
+    try:
+        status = os.fstat(0)
+    except OSError:
+        return False
+    nothing = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+    return nothing or (stat.S_ISREG(status.st_mode) and status.st_size <= _INPUT_MAX)

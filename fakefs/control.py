@@ -143,7 +143,8 @@ class Control:
             case {"do": "stop"}:
                 signal.raise_signal(signal.SIGTERM)
             case {"do": "exec", "argv": [str(), *_] as argv, "env": dict() as env}:
-                await self._exec(connection, [*map(str, argv)], _texts(env), request.get("host"))
+                host, input_ends = request.get("host"), request.get("input_ends") is True
+                await self._exec(connection, [*map(str, argv)], _texts(env), host, input_ends=input_ends)
             case {"do": "remount", "options": str() as options}:
                 await self._remount(options, connection)
             case {"do": "insmod", "name": str(name), "parameters": str(parameters)}:
@@ -153,7 +154,9 @@ class Control:
             case _:
                 await connection.send(ERROR, b"the daemon does not know this request: is it of another version?")
 
-    async def _exec(self, connection: Connection, argv: list[str], env: dict[str, str], host: object) -> None:
+    async def _exec(
+        self, connection: Connection, argv: list[str], env: dict[str, str], host: object, *, input_ends: bool
+    ) -> None:
         """Run a program; one of the host's is brought into the guest before, with the files it needs."""
         from fakefs.program import Place, run_program
 
@@ -165,7 +168,7 @@ class Control:
                     place = Place(os.fsencode(program), os.fsencode(directory))
                     wanted = [os.fsencode(str(path)) for path in files]
                     await self._files.host_files.bring(connection.caller, wanted, place.directory)
-            await run_program(self._pump, self._shadows, argv, env, connection, place)
+            await run_program(self._pump, self._shadows, argv, env, connection, place, input_ends=input_ends)
         except OSError as error:
             await connection.send(ERROR, _why_not_brought(error).encode())
         finally:

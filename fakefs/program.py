@@ -3,6 +3,9 @@
 A launcher task is the program's parent and waits for it; one task each carries its input, output and errors through
 pipes. The program itself is a process of its own, in a session of its own.
 
+In deterministic mode one loop looks after these tasks, in a fixed order: which of several tasks of trio's is woken
+first is left to chance. Input that ends is all there before the program begins.
+
 These tasks have a table of descriptors of their own. A program forked from that of the shadows would close a copy of
 each of their open files, which is no matter to most, but the end of a read of trace_pipe_raw for whoever waits in it.
 """
@@ -13,7 +16,9 @@ import errno
 import os
 import signal
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +45,10 @@ _ARGUMENTS_MAX = 0x8000
 _SEARCH = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/")
 
 
+Work = Generator[Call, int, None]
+"""What a task of the guest has to do: yields calls, and is sent the result of each."""
+
+
 class Client(Protocol):
     """Who asked for the program: frames (channel, data) to and from it."""
 
@@ -62,16 +71,27 @@ async def run_program(
     env: dict[str, str],
     client: Client,
     place: Place | None = None,
+    *,
+    input_ends: bool = False,
 ) -> None:
-    """Run `argv` in the guest; frames carry its input and output, EXIT its status (128 + signal when killed)."""
+    """Run `argv` in the guest; frames carry its input and output, EXIT its status (128 + signal when killed).
+
+    `input_ends`: the client sends its input and the end of it whether or not the program goes on.
+    """
     program = _Program(pump, shadows, client, place)
-    try:
-        await program.run([os.fsencode(word) for word in argv], [os.fsencode(f"{k}={v}") for k, v in env.items()])
-    except* OSError as errors:
-        await client.send(ERROR, f"{argv[0]}: {os.strerror(getattr(first_of(errors), 'errno', errno.EIO))}".encode())
-    finally:
-        with trio.CancelScope(shield=True):
-            await program.close()
+    if input_ends and pump.deterministic:
+        await program.take_input()
+    with pump.attended():
+        try:
+            status = await program.run([*map(os.fsencode, argv)], [os.fsencode(f"{k}={v}") for k, v in env.items()])
+            answer = EXIT, bytes([status])
+        except* OSError as errors:
+            reason = os.strerror(getattr(first_of(errors), "errno", errno.EIO))
+            answer = ERROR, f"{argv[0]}: {reason}".encode()
+        finally:
+            with trio.CancelScope(shield=True):
+                await program.close()
+    await client.send(*answer)  # what comes next finds nothing left of it
 
 
 class _Program:
@@ -83,6 +103,16 @@ class _Program:
         self.place = place
         self.helpers: list[Shadow] = []
         self.child: Task | None = None
+        self.status = 0
+        self.input: bytes | None = None  # all of it, if it was waited for
+        self.output: deque[tuple[int, bytes]] = deque()  # frames for the client
+
+    async def take_input(self) -> None:
+        """Wait for the end of the input."""
+        whole = bytearray()
+        while (frame := await self.client.receive()) is not None and frame != (STDIN, b""):
+            whole += frame[1] if frame[0] == STDIN else b""
+        self.input = bytes(whole)
 
     async def _helper(self, parent: Shadow) -> Shadow:
         shadow = Shadow(await self.shadows.spawn(parent), 0, b"init")
@@ -106,26 +136,32 @@ class _Program:
         ends: tuple[int, int] = struct.unpack("<ii", self.agent.get(launcher.task, _PIPES_AT, 8))
         return ends
 
-    async def run(self, argv: list[bytes], env: list[bytes]) -> None:
+    async def run(self, argv: list[bytes], env: list[bytes]) -> int:
+        """Run the program; return its exit status."""
         launcher = await self._launcher()
         stdin, stdout, stderr = [await self._pipe(launcher) for _ in range(3)]
         feeder, *drains = [await self._helper(launcher) for _ in range(3)]
         theirs = (stdin[0], stdout[1], stderr[1])
         made = await self._start(launcher, argv, env, theirs)
         await self.pump.call(launcher.task, [(Sys.CLOSE, fd) for fd in theirs])
+        works = [
+            (drains[0], self._drain(drains[0], stdout[0], STDOUT)),
+            (drains[1], self._drain(drains[1], stderr[0], STDERR)),
+            (launcher, self._wait(launcher)),
+        ]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._feed, feeder, stdin[1])
-            async with trio.open_nursery() as outputs:
-                outputs.start_soon(self._drain, drains[0], stdout[0], STDOUT)
-                outputs.start_soon(self._drain, drains[1], stderr[0], STDERR)
-                status = await self._wait(launcher)
+            if self.pump.deterministic:
+                await self._one_by_one(works, (feeder, self._write(feeder, stdin[1], self.input)))
+            else:
+                await self._at_once(works)
             nursery.cancel_scope.cancel()
         assert self.child is not None
-        if status == 127 << 8:
+        if self.status == 127 << 8:
             await self._explain(made, argv[0])
         self.agent.forget(self.child)
         self.child = None
-        await self.client.send(EXIT, bytes([_exit_status(status)]))
+        return _exit_status(self.status)
 
     async def _start(self, launcher: Shadow, argv: list[bytes], env: list[bytes], fds: tuple[int, int, int]) -> Request:
         """Fork and exec; return the child's request."""
@@ -179,32 +215,80 @@ class _Program:
             (Sys.EXIT, 127),
         ]
 
-    async def _wait(self, launcher: Shadow) -> int:
+    # ---- what the tasks do
+
+    async def _at_once(self, works: Sequence[tuple[Shadow, Work]]) -> None:
+        async with trio.open_nursery() as nursery:
+            for shadow, work in works:
+                nursery.start_soon(self._do, shadow, work)
+
+    async def _do(self, shadow: Shadow, work: Work) -> None:
+        with suppress(StopIteration):
+            call = next(work)
+            while True:
+                [result] = await self.pump.call(shadow.task, [call])
+                call = work.send(result)
+                await self._deliver()
+
+    async def _one_by_one(self, works: Sequence[tuple[Shadow, Work]], feeding: tuple[Shadow, Work]) -> None:
+        """Do works to their ends; the program may leave what is fed to it."""
+        under_way: dict[Work, tuple[Shadow, Request | None]] = {
+            work: (shadow, None) for shadow, work in (feeding, *works)
+        }
+        while any(work in under_way for _, work in works):
+            waiting = True
+            for work, (shadow, request) in list(under_way.items()):
+                if request is not None and not request.done:
+                    continue
+                waiting = False
+                try:
+                    call = next(work) if request is None else work.send(request.results[0])
+                    under_way[work] = shadow, self.pump.begin(shadow.task, [call])
+                except StopIteration:
+                    del under_way[work]
+            await self._deliver()
+            if waiting:
+                await self.pump.advance()
+
+    async def _deliver(self) -> None:
+        while self.output:
+            await self.client.send(*self.output.popleft())
+
+    def _wait(self, launcher: Shadow) -> Work:
         assert self.child is not None
         call = (Sys.WAIT4, self.child.pid, launcher.task.virtual(_STATUS_AT), 0, 0)
-        result = -errno.EINTR
-        while result == -errno.EINTR:
-            [result] = await self.pump.call(launcher.task, [call])
-        return int(struct.unpack("<i", self.agent.get(launcher.task, _STATUS_AT, 4))[0])
+        while (yield call) == -errno.EINTR:
+            pass
+        [self.status] = struct.unpack("<i", self.agent.get(launcher.task, _STATUS_AT, 4))
+
+    def _drain(self, helper: Shadow, fd: int, channel: int) -> Work:
+        while True:
+            size = yield (Sys.READ, fd, helper.task.virtual(), _CHUNK)
+            if size > 0:
+                self.output.append((channel, self.agent.get(helper.task, 0, min(size, _CHUNK))))
+            elif size != -errno.EINTR:
+                return
+
+    def _write(self, helper: Shadow, fd: int, data: bytes | None) -> Work:
+        """Write input, and close what it is written to when it is all (`data` was known from the beginning)."""
+        left = data or b""
+        while left:
+            self.agent.put(helper.task, 0, left[:_CHUNK])
+            written = yield (Sys.WRITE, fd, helper.task.virtual(), len(left[:_CHUNK]))
+            if written <= 0:
+                break  # it closed its input
+            left = left[written:]
+        if self.input is not None:
+            yield (Sys.CLOSE, fd)
 
     async def _explain(self, made: Request, name: bytes) -> None:
         """Exit status 127: say why when it was exec that failed: the child died of the call behind it."""
         if made.done and made.results[-2] < 0:
             await self.client.send(STDERR, b"fakefs exec: %s: %s\n" % (name, os.strerror(-made.results[-2]).encode()))
 
-    async def _drain(self, helper: Shadow, fd: int, channel: int) -> None:
-        while True:
-            call = (Sys.READ, fd, helper.task.virtual(), _CHUNK)
-            [size] = await self.pump.call(helper.task, [call], holds_clock=False)
-            if size == -errno.EINTR:
-                continue
-            if size <= 0:
-                return
-            await self.client.send(channel, self.agent.get(helper.task, 0, min(size, _CHUNK)))
-
     async def _feed(self, helper: Shadow, fd: int) -> None:
         """Carry the client's input; its signals and its going away become signals to the program's group."""
-        open_ = True
+        open_ = self.input is None
         while True:
             frame = await self.client.receive()
             if frame is None:
@@ -217,17 +301,7 @@ class _Program:
                 await self.pump.call(helper.task, [(Sys.CLOSE, fd)])
                 open_ = False
             elif channel == STDIN and open_:
-                await self._write_all(helper, fd, data)
-
-    async def _write_all(self, helper: Shadow, fd: int, data: bytes) -> None:
-        while data:
-            piece = data[:_CHUNK]
-            self.agent.put(helper.task, 0, piece)
-            call = (Sys.WRITE, fd, helper.task.virtual(), len(piece))
-            [written] = await self.pump.call(helper.task, [call], holds_clock=False)
-            if written <= 0:
-                return  # it closed its input
-            data = data[written:]
+                await self._do(helper, self._write(helper, fd, data))
 
     async def _signal(self, number: int) -> None:
         if self.child is not None and 0 < number < 65:

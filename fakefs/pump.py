@@ -7,7 +7,7 @@ as soon as a FUSE request waits. An idle guest costs nothing: the pump sleeps un
 Virtual time: in real-time mode it follows the host's monotonic clock whenever the guest is idle; in deterministic
 mode it stands still between requests and jumps to the next timer while one that `holds_clock` is under way. There the
 guest must not notice when the host does something: requests are made one after the other (`turn`), and once the guest
-runs it runs until it is idle, whoever waits.
+runs it runs until it is idle, whoever waits. Who does several things at once `attends` it, and says when it goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -72,6 +73,7 @@ class Pump:
         self._kick = trio.Event()
         self._waiters: dict[Request, trio.Event] = {}
         self._clock_holders: set[Request] = set()
+        self._attendants = 0
         self._watched: tuple[int, ...] = ()
         self._epoch = time.monotonic_ns() - self.machine.cpu.now
 
@@ -98,6 +100,8 @@ class Pump:
 
     async def finish(self, request: Request, *, holds_clock: bool = True) -> None:
         """Wait until a request is done. Raises OSError(EIO) when the guest dies first."""
+        while self._attendants and holds_clock and not request.done:
+            await self.advance()
         if request.done:
             return
         self._check_alive()
@@ -124,7 +128,29 @@ class Pump:
             elif self._idle and not self.agent.busy:
                 return
             self._wake()
+            if self._attendants:
+                await self.advance()
             await trio.lowlevel.checkpoint()
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """Deterministic: the guest goes on by `advance()` alone while this lasts.
+
+        The loop would go on while a task of trio's that was just woken has yet to be scheduled.
+        """
+        self._attendants += self.deterministic
+        try:
+            yield
+        finally:
+            self._attendants -= self.deterministic
+            self._wake()
+
+    async def advance(self) -> None:
+        """Deterministic: run the guest until it is idle, and if it is, from its next timer on. Raises OSError."""
+        self._check_alive()
+        self._slice(())
+        self._check_alive()
+        await trio.lowlevel.checkpoint()
 
     def _check_alive(self) -> None:
         if self.dead is not None:
@@ -163,6 +189,8 @@ class Pump:
 
     def _delay(self) -> float | None:
         """Return for how many host seconds the guest has nothing to do; None means until something is asked of it."""
+        if self._attendants:
+            return None
         if self.agent.busy or not self._idle:
             return 0
         held = self.agent.held is not None

@@ -210,7 +210,7 @@ class Tracefs:
         from fakefs.frames import ERROR, EXIT, FRAME_MAX, STDERR, STDIN, STDOUT
 
         argv = ["sh", "-c", cmd] if isinstance(cmd, str) else list(cmd)
-        request = {"do": "exec", "argv": argv, "env": _ENVIRONMENT}
+        request = {"do": "exec", "argv": argv, "env": _ENVIRONMENT, "input_ends": True}
         said = {STDOUT: b"", STDERR: b""}
         end = time.monotonic() + timeout
         with closing(client.Channel(client.find_mount(self.path), request)) as channel:

@@ -211,6 +211,23 @@ def test_trace(fakefs_run):
     assert traces == [traces[0]] * 3
 
 
+def test_deterministic_programs_in_the_guest(run_pytest: RunPytest) -> None:
+    output = run_pytest("""
+def trace(tracefs):
+    tracefs.write("events/sched/enable", "1")
+    tracefs.write("events/syscalls/sys_enter_read/enable", "1")
+    tracefs.guest("tr a-z A-Z; ls /proc; sleep 0.1; (sleep 0.05; echo x) & wait; echo y >&2", stdin="hello\\n" * 20000)
+    tracefs.write("tracing_on", "0")
+    return tracefs.read("trace")
+
+def test_same(new_tracefs):
+    traces = [trace(new_tracefs(deterministic=True)) for _ in range(3)]
+    assert "comm=tr" in traces[0]
+    assert traces == [traces[0]] * 3
+""")
+    assert summary(output) == "1 passed", output
+
+
 def test_runs_at_the_real_paths(run_pytest: RunPytest) -> None:
     output = run_pytest("""
 def test_passes(fakefs_run):
