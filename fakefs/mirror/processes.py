@@ -231,8 +231,8 @@ class Processes:
         where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
         async with shadow.lock:
             argv = [os.fsencode(word) for word in program.argv] or [b""]
-            blob, offsets = strings([name, where, *argv])
-            path, variable, *words = [shadow.task.virtual(offset) for offset in offsets]
+            blob, offsets = strings([name, where, os.fsencode(program.cwd), *argv])
+            path, variable, cwd, *words = [shadow.task.virtual(offset) for offset in offsets]
             pointers = [*words, 0, variable, 0]
             self._agent.put(shadow.task, 0, blob)
             self._agent.put(shadow.task, _WORDS, struct.pack(f"<{len(pointers)}Q", *pointers))
@@ -240,7 +240,10 @@ class Processes:
             calls: list[Call] = [(Sys.EXECVE, path, at, at + 8 * (len(words) + 1))]
             if shadow.task.pid == 0:
                 return
-            [result] = await self._pump.call(shadow.task, calls)
+            if program.cwd not in ("", shadow.cwd):
+                calls.insert(0, (Sys.CHDIR, cwd))
+                shadow.cwd = program.cwd
+            *_, result = await self._pump.call(shadow.task, calls)
         comm = name.rpartition(b"/")[2][:_COMM_MAX]
         if result < 0:
             await self._shadows.rename(shadow, comm)

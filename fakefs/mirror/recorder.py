@@ -244,9 +244,9 @@ class Recorder:
         directory = _signed(arguments[0]) if at else _AT_FDCWD
         if at and not text and arguments[4] & _AT_EMPTY_PATH:
             text = os.readlink(f"/proc/{notification.tid}/fd/{directory}")
-        file, _ = self._path(notification.tid, directory, text, follow=True)
+        file, cwd = self._path(notification.tid, directory, text, follow=True)
         argv = list(_argv(notification.tid, arguments[at + 1]))
-        program = Program(notification.tid, file, argv)
+        program = Program(notification.tid, file, argv, cwd)
         self._programs[notification.tid] = _Execve(program, read_image(notification.tid))
         return ()
 

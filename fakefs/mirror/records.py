@@ -49,11 +49,12 @@ class Birth(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A process became a program: `path` as it was given to execve(2)."""
+    """A process became a program. `cwd` is its working directory, if the path is relative to it."""
 
     tid: int
     file: PathArgument
     argv: list[str]
+    cwd: str = ""
 
 
 class Exit(NamedTuple):

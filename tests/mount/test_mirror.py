@@ -105,6 +105,22 @@ def test_working_directories(run: Run, tmp_path: Path) -> None:
     assert [hit.fields["answer"] for hit in seen if hit.event == "went"] == [0, 0, 0, 0]
 
 
+def test_programs_by_relative_paths(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> None:
+    """The very first one too, of which no call has told the guest where it is."""
+    script = tmp_path / "script"
+    script.write_text(f"""#!/bin/bash
+        {_SETUP}
+        on sched/sched_process_exec
+        cd "$OLDPWD"
+        bin/true
+        {_SHOW}""")
+    script.chmod(0o755)
+    (tmp_path / "bin").symlink_to("/bin")
+    argv = [*FAKEFS, "run", "--kernel", str(kernel_path), "--mirror", "all", "--", "./script"]
+    done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert next(hit.fields["filename"] for hit in hits(done)) == "bin/true"
+
+
 def test_files_by_their_names(run: Run) -> None:
     """Probes see the host's names, types and order; the files are the host's alone."""
     done = run(
