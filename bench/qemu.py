@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,36 +167,43 @@ def measure(kernel: Path, scratch: Path, *, quick: bool = False) -> dict[str, fl
     archive.add_symlink("/bin/sh", "busybox")
     initrd = scratch / "qemu-initrd"
     initrd.write_bytes(archive.to_bytes())
-    machine = f"-accel tcg -smp 1 -m {_MEMORY_MB} -nodefaults -no-reboot -display none -serial stdio".split()
-    argv = [BINARY, *machine, "-kernel", str(kernel), "-initrd", str(initrd), "-append", _APPEND]
-    with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
-    ) as qemu:
-        try:
-            lines = [(Stamp(time.perf_counter(), 0.0), "@bench begin boot")]
-            for stamp, line in _console(qemu):
-                lines.append((stamp, line))
-                if "@bench end idle" in line:
-                    memory = smaps_rollup(qemu.pid)
-                    used = {"rss": memory["Rss"] / 1e6, "private": private_memory(memory) / 1e6}
-                    return {**values(parse_markers(lines)), **used}
-        finally:
-            qemu.kill()
+    with started(kernel, initrd, _MEMORY_MB) as process:
+        lines = [(Stamp(time.perf_counter(), 0.0), "@bench begin boot")]
+        for stamp, line in console(process, _LIMIT):
+            lines.append((stamp, line))
+            if "@bench end idle" in line:
+                memory = smaps_rollup(process.pid)
+                used = {"rss": memory["Rss"] / 1e6, "private": private_memory(memory) / 1e6}
+                return {**values(parse_markers(lines)), **used}
     tail = next((line for _, line in reversed(lines) if line.strip()), "nothing on its console")
     raise NotMeasured(f"QEMU did not get through: {tail.strip()[:100]}")
 
 
-def _console(qemu: subprocess.Popen[bytes]) -> Iterator[tuple[Stamp, str]]:
-    """Yield QEMU's lines with their times, until it ends or takes too long."""
-    assert qemu.stdout is not None
-    end, rest = time.monotonic() + _LIMIT, b""
+@contextmanager
+def started(kernel: Path, initrd: Path, memory_mb: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A running QEMU, killed at the end."""
+    machine = f"-accel tcg -smp 1 -m {memory_mb} -nodefaults -no-reboot -display none -serial stdio".split()
+    argv = [BINARY, *machine, "-kernel", str(kernel), "-initrd", str(initrd), "-append", _APPEND]
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def console(process: subprocess.Popen[bytes], limit: float) -> Iterator[tuple[Stamp, str]]:
+    """Yield what QEMU's guest prints, line by line with the times, until it ends or `limit` host seconds are over."""
+    assert process.stdout is not None
+    end, rest = time.monotonic() + limit, b""
     with selectors.DefaultSelector() as selector:
-        selector.register(qemu.stdout, selectors.EVENT_READ)
+        selector.register(process.stdout, selectors.EVENT_READ)
         while selector.select(max(end - time.monotonic(), 0)):
-            data = os.read(qemu.stdout.fileno(), 65536)
+            data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 return
-            stamp = Stamp(time.perf_counter(), cpu_seconds(qemu.pid))
+            stamp = Stamp(time.perf_counter(), cpu_seconds(process.pid))
             *whole, rest = (rest + data).split(b"\n")
             rest = rest[-_LINE_MAX:]
             for line in whole:
