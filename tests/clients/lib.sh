@@ -31,6 +31,28 @@ expect() { # WHAT PATTERN COMMAND...: its output, errors included, has a line th
 	fi
 }
 
+snoop() { # WHAT PATTERN ACTION TOOL...: the tool, on a terminal, tells of the action in such a line; then Ctrl-C ends it
+	local what=$1 pattern=$2 action=$3 log text=
+	shift 3
+	log=$(mktemp)
+	mkfifo "$log.keys"
+	set -m # else it would ignore Ctrl-C
+	script -qfec "$*" /dev/null <"$log.keys" >"$log" 2>&1 &
+	set +m
+	exec 9>"$log.keys"
+	for ((i = 0; i < 60; i++)); do # with few programs, as the guest follows each
+		sleep 1
+		read -rd '' text <"$log" || true
+		grep -Eq -- "$pattern" <<<"$text" && break
+		[[ $text != *Tracing* ]] || eval "$action"
+	done
+	printf '\003' >&9
+	exec 9>&-
+	wait "$!" || true
+	expect "$what" "$pattern" cat "$log"
+	rm "$log" "$log.keys"
+}
+
 activity() { # open, read and close files of the guest until the script ends
 	while :; do
 		cat "$tracing"/tracing_on >/dev/null
