@@ -7,7 +7,9 @@ in globals, so there is one per process.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fakefs.errors import UserError
@@ -60,17 +62,35 @@ async def serve(
 
 def _mount(operations: GuestOperations, mountpoint: Path, options: set[str]) -> None:
     try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        first = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         remedy = "modprobe fuse" if isinstance(error, FileNotFoundError) else "make it readable and writable"
         raise UserError(f"cannot open /dev/fuse: {error.strerror}; {remedy}") from None
+    before = _sockets()
     try:
         pyfuse3.init(operations, str(mountpoint), options)
     except RuntimeError as error:
         raise UserError(f"cannot mount on {mountpoint}: {error}") from None
+    finally:
+        os.close(first)
+    # By a socket, which libfuse only keeps open, fusermount3 hears of our end. The kernel closes the files of a process
+    # that was killed from the highest number down, and a mount whose /dev/fuse is open is left alone. So the socket
+    # gets a number below that: the one just closed, or a lower one.
+    for number in _sockets() - before:
+        os.dup(number)
+        os.close(number)
     if not request.in_use():
         pyfuse3.close()
         raise UserError("pyfuse3 has its own libfuse3; build it with the system's: pip install --no-binary pyfuse3 .")
+
+
+def _sockets() -> set[int]:
+    found = set()
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                found.add(number)
+    return found
 
 
 def libfuse_options(options: MountOptions, *, auto_unmount: bool = True) -> set[str]:

@@ -62,9 +62,7 @@ def test_unmount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
 
 
 def test_kill_leaves_no_stale_mount(tmp_path: Path) -> None:
-    """In one of some tries: fusermount3 leaves it alone when something else is mounted or unmounted as it looks."""
-    gone = False
-    for number in range(20):
+    for number in range(5):  # fusermount3 races with the kernel, which lets go of what the process had open
         fs = Daemon(tmp_path / f"mnt{number}")
         try:
             reader = fs.blocked("cat", "trace_pipe")
@@ -72,12 +70,9 @@ def test_kill_leaves_no_stale_mount(tmp_path: Path) -> None:
             fs.process.wait()
             reader.wait(PATIENCE)
             reader.communicate()
-            gone = wait_until(lambda fs=fs: not is_mounted(fs.path), 1)
+            assert wait_until(lambda fs=fs: not is_mounted(fs.path))
         finally:
             fs.stop()
-        if gone:
-            break
-    assert gone
 
 
 def test_a_stale_mount_is_cleaned_by_the_next(tmp_path: Path) -> None:
