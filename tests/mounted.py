@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, AnyStr
 
 from fakefs import mountpoint
 from fakefs.testbed import Tracefs
@@ -49,6 +50,17 @@ def wait_for_reader(pid: int) -> None:
     until(lambda: "request_wait" in where.read_text(), PATIENCE, f"process {pid} blocked in a read")
 
 
+class Popen(subprocess.Popen[AnyStr]):
+    """A process that a failing test does not wait for."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, value, traceback)
+
+
 def fakefs(
     *arguments: str | Path, stdin: str = "", cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -71,9 +83,9 @@ def in_guest(mount: Tracefs, *argv: str, stdin: str = "") -> subprocess.Complete
     return fakefs("exec", mount.path, "--", *argv, stdin=stdin)
 
 
-def popen(mount: Tracefs, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+def popen(mount: Tracefs, argv: Sequence[str], **options: Any) -> Popen[bytes]:
     """Start a program in the mount that the test talks to."""
-    return subprocess.Popen(argv, cwd=mount.path, **options)
+    return Popen(argv, cwd=mount.path, **options)
 
 
 class Mounted(Tracefs):

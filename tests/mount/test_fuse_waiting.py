@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuse_daemon import Daemon
-from tests.mounted import PATIENCE
+from tests.mounted import PATIENCE, Popen
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -106,7 +106,7 @@ def test_a_thousand_blocked_readers_do_not_lock_the_mount(tmp_path: Path) -> Non
             "while blocked[0] < 600: time.sleep(0.01)\n"
             "print(blocked[0], flush=True); time.sleep(60)\n"
         )
-        with subprocess.Popen([sys.executable, "-c", code], cwd=fs.path, stdout=subprocess.PIPE) as child:
+        with Popen[bytes]([sys.executable, "-c", code], cwd=fs.path, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"600\n"
             begin = time.perf_counter()

@@ -17,7 +17,7 @@ import pytest
 from fakefs import kernels
 from fakefs.shadow import read_comm
 from tests.mount.conftest import MakeMount, Run
-from tests.mounted import FAKEFS, PATIENCE, running, until
+from tests.mounted import FAKEFS, PATIENCE, Popen, running, until
 
 FUSE_MAGIC = "65735546"
 NO_KERNEL = "fakefs: /nowhere: no such file; give a vmlinuz or vmlinux: fakefs kernel list\n"
@@ -134,7 +134,7 @@ def test_bad_calls(environment: dict[str, str], argv: list[str], status: int, sa
 
 def test_signals_reach_the_program(environment: dict[str, str]) -> None:
     script = "trap 'echo got; exit 5' USR1; echo ready; while :; do sleep 0.05; done"
-    with subprocess.Popen(
+    with Popen[str](
         [*FAKEFS, "run", "--", "bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
@@ -155,7 +155,7 @@ def _family(pid: int) -> list[int]:
 
 def test_nothing_is_left_when_killed(environment: dict[str, str]) -> None:
     script = "sleep 1000 & setsid sleep 1000 & echo ready; wait"
-    with subprocess.Popen(
+    with Popen[str](
         [*FAKEFS, "run", "--", "bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
@@ -169,7 +169,7 @@ def test_nothing_is_left_when_killed(environment: dict[str, str]) -> None:
 
 def test_daemon_killed(environment: dict[str, str]) -> None:
     script = "echo ready; read line; cat /sys/kernel/tracing/tracing_on; echo status $?"
-    with subprocess.Popen(
+    with Popen[str](
         [*FAKEFS, "run", "--", "bash", "-c", script],
         env=environment,
         stdin=subprocess.PIPE,
