@@ -94,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
     umount = _add(commands, "umount", "unmount a directory and end its kernel", "fakefs umount /tmp/tracing")
     umount.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
-    umount.add_argument("--lazy", action="store_true", help="also while files in it are open")
+    lazy = "also while files in it are open; the kernel ends with them, or at the next umount"
+    umount.add_argument("--lazy", action="store_true", help=lazy)
     umount.set_defaults(run=_umount)
 
     run = _add(
@@ -214,11 +215,13 @@ def _mount(arguments: argparse.Namespace) -> int:
 def _umount(arguments: argparse.Namespace) -> int:
     from fakefs import client, mountpoint
 
-    mountpoint.unmount(arguments.directory, lazy=arguments.lazy)
-    if arguments.lazy or mountpoint.wait_for_daemon(arguments.directory, 1):
-        return 0
-    # Another mount namespace, such as a container's, has a copy of the mount: it would live as long as that.
-    client.stop(arguments.directory)
+    # After --lazy, a daemon lives on for the files that are still open, and unmounting once more is to end it.
+    if mountpoint.mount_at(arguments.directory) or not client.stop(arguments.directory):
+        mountpoint.unmount(arguments.directory, lazy=arguments.lazy)
+        if arguments.lazy or mountpoint.wait_for_daemon(arguments.directory, 1):
+            return 0
+        # Another mount namespace, such as a container's, has a copy of the mount: it would live as long as that.
+        client.stop(arguments.directory)
     if not mountpoint.wait_for_daemon(arguments.directory, 30):
         raise UserError(f"{arguments.directory}: is unmounted, but its daemon does not end; see: fakefs status")
     return 0

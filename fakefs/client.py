@@ -10,7 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +99,13 @@ def ask(path: Path, request: Mapping[str, Any]) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def stop(directory: Path) -> None:
-    """Have the daemon of a directory end, if there is one."""
-    with suppress(UserError):
+def stop(directory: Path) -> bool:
+    """Have the daemon of a directory end; False when there is none."""
+    try:
         ask(find_mount(directory), {"do": "stop"})
+    except UserError:
+        return False
+    return True
 
 
 def run_program(path: Path, argv: list[str], env: Mapping[str, str], host: HostProgram | None = None) -> int:

@@ -14,7 +14,7 @@ import pytest
 from fakefs.testbed import FreshTracefs, Tracefs
 from tests.mount.conftest import MakeMount
 from tests.mount.golden_cases import errnos
-from tests.mounted import fakefs, running
+from tests.mounted import PATIENCE, Popen, fakefs, popen, running, wait_for_reader
 
 # ---- probes
 
@@ -214,11 +214,28 @@ def test_unmounting_by_command(new_mount: MakeMount) -> None:
     assert not running(mount.pid)
 
 
+def test_unmounting_lazily_and_once_more(new_mount: MakeMount) -> None:
+    """The kernel lives on for an open file, until the second time: then its reader gets an error."""
+    mount = new_mount()
+    with popen(mount, ["cat", "trace_pipe"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as reader:
+        wait_for_reader(reader.pid)
+        assert "busy" in fakefs("umount", mount.path).stderr
+        assert fakefs("umount", "--lazy", mount.path).returncode == 0
+        assert list(mount.path.iterdir()) == []
+        assert running(mount.pid)
+        assert reader.poll() is None
+        done = fakefs("umount", mount.path)
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert not running(mount.pid)
+        assert errnos(reader.communicate(timeout=PATIENCE)[1].decode())[0] == "ECONNABORTED"  # close(2) says more
+    assert "nothing is mounted here" in fakefs("umount", mount.path).stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a mount namespace")
 def test_unmounting_while_another_namespace_has_the_mount(new_mount: MakeMount) -> None:
     mount = new_mount()
     argv = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo made; read _"]
-    with subprocess.Popen(argv, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with Popen[bytes](argv, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"made\n"
         assert fakefs("umount", mount.path).returncode == 0
