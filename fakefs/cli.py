@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from emulator.errors import EmulatorError
 from emulator.guest import DEFAULT_MEMORY
+from fakefs.arguments import add_command, size
 from fakefs.errors import UserError
 
 EXAMPLES = """examples:
@@ -20,10 +21,6 @@ EXAMPLES = """examples:
   fakefs exec -- ls /proc            run a program inside that kernel
   fakefs umount /tmp/tracing
 """
-
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,17 +41,6 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add(commands: Commands, name: str, what: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        usage=usage,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the man pages are made from it."""
     from fakefs import kernel_command, test_command
@@ -70,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=_Version, help="show the version and exit")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    mount = _add(
+    mount = add_command(
         commands,
         "mount",
         "start a kernel and mount its tracefs on a directory",
@@ -92,13 +78,13 @@ def parser() -> argparse.ArgumentParser:
     mount.add_argument("--foreground", action="store_true", help="serve until Ctrl-C instead of in the background")
     mount.set_defaults(run=_mount)
 
-    umount = _add(commands, "umount", "unmount a directory and end its kernel", "fakefs umount /tmp/tracing")
+    umount = add_command(commands, "umount", "unmount a directory and end its kernel", "fakefs umount /tmp/tracing")
     umount.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
     lazy = "also while files in it are open; the kernel ends with them, or at the next umount"
     umount.add_argument("--lazy", action="store_true", help=lazy)
     umount.set_defaults(run=_umount)
 
-    run = _add(
+    run = add_command(
         commands,
         "run",
         "run a program with a guest's tracefs at /sys/kernel/tracing, and its kernel's other files",
@@ -107,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
         "fakefs run --mount /tmp/tracing -- ./my-test.sh",
         usage="fakefs run [OPTION ...] -- CMD [ARG ...]",
     )
-    shell = _add(commands, "shell", "run your shell as by fakefs run", "fakefs shell\nfakefs shell --mount /tmp/mnt")
+    what = "run your shell as by fakefs run"
+    shell = add_command(commands, "shell", what, "fakefs shell\nfakefs shell --mount /tmp/mnt")
     for command in (run, shell):
         _add_guest_options(command)
         command.add_argument("--mount", metavar="DIR", type=Path, help="the kernel of a running mount, not a fresh one")
@@ -118,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=_run)
 
-    execute = _add(
+    execute = add_command(
         commands,
         "exec",
         "run a program inside the guest: busybox's at least",
@@ -136,15 +123,16 @@ def parser() -> argparse.ArgumentParser:
     execute.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
     execute.set_defaults(run=_exec)
 
-    console = _add(commands, "console", "show what the guest printed on its console", "fakefs console /tmp/tracing")
+    what = "show what the guest printed on its console"
+    console = add_command(commands, "console", what, "fakefs console /tmp/tracing")
     console.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
     console.set_defaults(run=_console)
 
-    status = _add(commands, "status", "tell about a running mount, as JSON", "fakefs status /tmp/tracing")
+    status = add_command(commands, "status", "tell about a running mount, as JSON", "fakefs status /tmp/tracing")
     status.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
     status.set_defaults(run=_status)
 
-    doctor = _add(commands, "doctor", "check what this machine has and what is missing", "fakefs doctor")
+    doctor = add_command(commands, "doctor", "check what this machine has and what is missing", "fakefs doctor")
     doctor.set_defaults(run=_doctor)
     test_command.add_parser(commands)
     kernel_command.add_parser(commands)
@@ -157,7 +145,7 @@ def _add_guest_options(command: argparse.ArgumentParser) -> None:
     what = "a vmlinuz or vmlinux; default: fakefs kernel list"
     command.add_argument("--kernel", metavar="PATH", type=Path, help=what)
     command.add_argument(
-        "--memory", metavar="SIZE", type=_size, default=DEFAULT_MEMORY, help="the guest's RAM: 256M (default), 1G ..."
+        "--memory", metavar="SIZE", type=size, default=DEFAULT_MEMORY, help="the guest's RAM: 256M (default), 1G ..."
     )
     command.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
     command.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
@@ -177,15 +165,6 @@ def version() -> str:
         return metadata.version("fakefs")
     except metadata.PackageNotFoundError:
         return "0 (not installed)"
-
-
-def _size(text: str) -> int:
-    """Parse 128M, 1G, 262144K into bytes."""
-    units = {"K": 10, "M": 20, "G": 30}
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "M")
-    if not digits.isdigit() or not 0 < int(digits) << units[unit] <= 2 << 30:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size up to 2G, such as 128M")
-    return int(digits) << units[unit]
 
 
 def _mount(arguments: argparse.Namespace) -> int:

@@ -6,54 +6,46 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fakefs.arguments import add_command
+
 if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    from fakefs.arguments import Commands
 
 
-def add_parser(subparsers: Subparsers) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `kernel` to the program's commands; `run` in the parsed arguments takes these and returns an exit status."""
-    kernel = _add(
-        subparsers,
+    kernel = add_command(
+        commands,
         "kernel",
         "get, list and choose the Linux kernels that fakefs runs",
         "fakefs kernel fetch\nfakefs kernel list\nfakefs kernel use ~/linux/arch/x86/boot/bzImage",
     )
-    commands = kernel.add_subparsers(dest="kernel_command", metavar="COMMAND", required=True)
+    actions = kernel.add_subparsers(dest="kernel_command", metavar="COMMAND", required=True)
 
-    fetch = _add(
-        commands,
+    fetch = add_command(
+        actions,
         "fetch",
         "fetch Debian's kernel for virtual machines with this system's apt, without installing it",
         "fakefs kernel fetch\nfakefs kernel fetch --suite sid\n"
         'fakefs mount --kernel "$(fakefs kernel fetch)" /tmp/tracing',
-        "The last line printed is the kernel's path. Signatures are checked; no state of this system's apt changes.",
+        more="The last line printed is the kernel's path. Signatures are checked; this system's apt stays as it is.",
     )
     fetch.add_argument("--suite", metavar="NAME", help="Debian suite: stable (the default), testing, sid, bookworm...")
     fetch.add_argument("--update", action="store_true", help="ask for a newer one even if the suite's kernel is here")
     fetch.set_defaults(run=_fetch)
 
-    listing = _add(commands, "list", "list the kernels at hand; * marks the default one", "fakefs kernel list")
+    listing = add_command(actions, "list", "list the kernels at hand; * marks the default one", "fakefs kernel list")
     listing.set_defaults(run=_list)
 
-    use = _add(
-        commands,
+    use = add_command(
+        actions,
         "use",
         "make a kernel file the default one",
         "fakefs kernel use /boot/vmlinuz-6.12.0\nfakefs kernel use ~/linux/vmlinux",
-        "An x86-64 vmlinuz (bzImage) or vmlinux of Linux 5.15 or newer. The file is used where it is, not copied.",
+        more="An x86-64 vmlinuz (bzImage) or vmlinux of Linux 5.15 or newer. The file is used where it is, not copied.",
     )
     use.add_argument("path", metavar="PATH", type=Path, help="a vmlinuz or vmlinux")
     use.set_defaults(run=_use)
-
-
-def _add(subparsers: Subparsers, name: str, what: str, examples: str, more: str = "") -> argparse.ArgumentParser:
-    return subparsers.add_parser(
-        name,
-        help=what,
-        description="\n\n".join(filter(None, [what[0].upper() + what[1:] + ".", more])),
-        epilog="examples:\n" + "\n".join("  " + line for line in examples.splitlines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def _order(config: pytest.Config, **chosen: object) -> Order:
     """What is chosen here, else on the command line, else in the ini file."""
     from argparse import ArgumentTypeError
 
-    from fakefs.cli import _size as size
+    from fakefs.arguments import size
     from fakefs.errors import UserError
     from fakefs.forkserver import Order
     from fakefs.testbed import find_kernel

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fakefs.arguments import add_command, seconds, size
 from fakefs.errors import UserError
 
 # Each command makes the parser of all: what runs scripts is imported when there are some.
 if TYPE_CHECKING:
+    from fakefs.arguments import Commands
     from fakefs.forkserver import ForkServer, Order
     from fakefs.testbed import Tracefs
 
@@ -35,17 +37,15 @@ class _Outcome:
     sections: list[tuple[str, str]]
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to those of `fakefs`."""
-    from fakefs import cli
-
     examples = (
         "fakefs test tests/*.sh\n"
         "fakefs test --kernel stable --kernel ~/linux/vmlinux --timeout 30 probe.sh\n"
         "fakefs test --real-paths --deterministic probe.sh"
     )
     what = "run scripts as tests, each in a fresh kernel, and print TAP"
-    parser = cli._add(commands, "test", what, examples)
+    parser = add_command(commands, "test", what, examples)
     parser.add_argument("scripts", metavar="SCRIPT", type=Path, nargs="+", help="run by itself if executable, or by sh")
     parser.add_argument(
         "--kernel",
@@ -54,23 +54,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         help="path, version or suite (see fakefs kernel list); several: every script with each of them",
     )
-    parser.add_argument("--memory", metavar="SIZE", type=cli._size, default=0, help="the guest's RAM: 256M (default)")
+    parser.add_argument("--memory", metavar="SIZE", type=size, default=0, help="the guest's RAM: 256M (default)")
     parser.add_argument("--append", metavar="TEXT", default="", help="words to add to the kernel's command line")
     parser.add_argument("--deterministic", action="store_true", help="virtual time never follows the host's clock")
     parser.add_argument("--wprobe", choices=("unlimited", "strict", "off"), default="unlimited", help="watchpoints")
-    parser.add_argument("--timeout", metavar="S", type=_seconds, default=60.0, help="seconds for a script (default 60)")
+    parser.add_argument("--timeout", metavar="S", type=seconds, default=60.0, help="seconds for a script (default 60)")
     parser.add_argument("--real-paths", action="store_true", help="as by fakefs run: at /sys/kernel/tracing")
     parser.set_defaults(run=run)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 86400")
-    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:

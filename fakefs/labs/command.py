@@ -10,22 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fakefs.arguments import add_command, size
 from fakefs.errors import UserError
 
 if TYPE_CHECKING:
+    from fakefs.arguments import Commands
     from fakefs.labs.catalog import Lab
     from fakefs.labs.session import Guests, Session
-
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _TEMPLATE = Path(__file__).parent / "template"
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command to those of `fakefs`."""
-    from fakefs import cli
-
-    lab = cli._add(
+    lab = add_command(
         commands,
         "lab",
         "learn and teach kernel tracing: exercises that are graded",
@@ -33,11 +31,12 @@ def add_parser(commands: Commands) -> None:
     )
     actions = lab.add_subparsers(dest="lab_command", metavar="COMMAND", required=True)
 
-    listing = cli._add(actions, "list", "list the labs, from first steps to hard, and your progress", "fakefs lab list")
+    what = "list the labs, from first steps to hard, and your progress"
+    listing = add_command(actions, "list", what, "fakefs lab list")
     listing.add_argument("--json", action="store_true", help="for a class: what is known of each lab")
     listing.set_defaults(run=_list)
 
-    start = cli._add(
+    start = add_command(
         actions,
         "start",
         "open a shell with a fresh guest for a lab, or run a command in it",
@@ -47,7 +46,7 @@ def add_parser(commands: Commands) -> None:
     start.add_argument("name", metavar="NAME", help="a lab's name, or its directory")
     start.set_defaults(run=_start)
 
-    check = cli._add(
+    check = add_command(
         actions,
         "check",
         "grade the lab that is running",
@@ -62,19 +61,19 @@ def add_parser(commands: Commands) -> None:
         ("solution", "show what one could have typed", _solution),
         ("text", "show the lab's text again", _text),
     ):
-        command = cli._add(actions, name, what, f"fakefs lab {name}\nfakefs lab {name} first-probe")
+        command = add_command(actions, name, what, f"fakefs lab {name}\nfakefs lab {name} first-probe")
         command.add_argument("name", metavar="NAME", nargs="?", help="a lab (default: the one that is running here)")
         command.set_defaults(run=run)
 
-    reset = cli._add(actions, "reset", "begin the running lab anew, with a fresh guest", "fakefs lab reset")
+    reset = add_command(actions, "reset", "begin the running lab anew, with a fresh guest", "fakefs lab reset")
     reset.add_argument("name", metavar="NAME", nargs="?", help="when run from outside, and several are running")
     reset.set_defaults(run=_reset)
 
-    new = cli._add(actions, "new", "make a directory with a small lab to begin with", "fakefs lab new my-lab")
+    new = add_command(actions, "new", "make a directory with a small lab to begin with", "fakefs lab new my-lab")
     new.add_argument("directory", metavar="DIR", type=Path, help="the directory to make; its name is the lab's")
     new.set_defaults(run=_new)
 
-    test = cli._add(
+    test = add_command(
         actions,
         "test",
         "try labs out: the check must fail before the solution, and pass after it; TAP",
@@ -85,7 +84,7 @@ def add_parser(commands: Commands) -> None:
     listing.add_argument("--names", action="store_true", help="the names alone")
     for command in (start, test):
         command.add_argument("--kernel", metavar="KERNEL", help="path, version or suite (default: fakefs kernel list)")
-        command.add_argument("--memory", metavar="SIZE", type=cli._size, default=0, help="the guest's RAM: 128M ...")
+        command.add_argument("--memory", metavar="SIZE", type=size, default=0, help="the guest's RAM: 128M ...")
 
 
 def _guests(arguments: argparse.Namespace) -> Guests:

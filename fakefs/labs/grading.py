@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fakefs import client
 from fakefs.errors import UserError
 from fakefs.labs.catalog import Lab
-from fakefs.labs.session import TRACING, Session
+from fakefs.labs.script import TRACING, run_script
+from fakefs.labs.session import Session
 
 _PRELUDE = Path(__file__).with_name("prelude.sh")
 _SECONDS = 60
@@ -65,19 +65,9 @@ def _run_check(lab: Lab, session: Session, answer: str) -> Outcome:
         switch.write_text("0")
     try:
         trace.write_bytes((TRACING / "trace").read_bytes())
-        done = subprocess.run(
-            ["sh", "-c", '. "$1"; . "$2"', "check", str(_PRELUDE), str(lab.directory / "check")],
-            cwd=TRACING,
-            env={**session.environment(), "TRACE": str(trace), "ANSWER": answer},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"lab {lab.name}: its check did not end within {_SECONDS} s; fakefs lab reset") from None
+        argv = ["sh", "-c", '. "$1"; . "$2"', "check", str(_PRELUDE), str(lab.directory / "check")]
+        environment = {**session.environment(), "TRACE": str(trace), "ANSWER": answer}
+        done = run_script(lab, "check", argv, environment, _SECONDS, merge=False)
     finally:
         if was_on:
             switch.write_text("1")

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import string
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -25,8 +24,8 @@ from fakefs.errors import UserError
 from fakefs.frames import ERROR, EXIT, STDIN
 from fakefs.labs import catalog, progress
 from fakefs.labs.catalog import Lab
+from fakefs.labs.script import TRACING, run_script
 
-TRACING = Path("/sys/kernel/tracing")
 _VARIABLE = "FAKEFS_LAB"
 _SETUP_SECONDS = 60
 _GUEST_PATH = "/bin:/sbin:/usr/bin:/usr/sbin"
@@ -171,21 +170,8 @@ def _set_up(lab: Lab, session: Session, modules: Sequence[Path]) -> None:
 
 
 def _run_setup(lab: Lab, session: Session) -> None:
-    try:
-        done = subprocess.run(
-            ["sh", "-e", str(lab.directory / "setup")],
-            cwd=TRACING,
-            env=session.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=_SETUP_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"lab {lab.name}: its setup did not end within {_SETUP_SECONDS} s") from None
+    argv = ["sh", "-e", str(lab.directory / "setup")]
+    done = run_script(lab, "setup", argv, session.environment(), _SETUP_SECONDS)
     if done.returncode:
         said = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(f"lab {lab.name}: its setup failed with exit status {done.returncode}: {said}")

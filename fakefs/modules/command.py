@@ -6,17 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fakefs.arguments import add_command
 from fakefs.errors import UserError
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from fakefs.arguments import Commands
 
 
 def add_parsers(commands: Commands) -> None:
     """Add the commands to those of `fakefs`."""
-    from fakefs import cli
-
-    insmod = cli._add(
+    insmod = add_command(
         commands,
         "insmod",
         "load a kernel module into the guest; a C file is built first",
@@ -27,7 +26,7 @@ def add_parsers(commands: Commands) -> None:
     insmod.add_argument("words", metavar="DIR, NAME=VALUE", nargs="*", help="the mount; the module's parameters")
     insmod.set_defaults(run=_insmod)
 
-    modprobe = cli._add(
+    modprobe = add_command(
         commands,
         "modprobe",
         "load one of the kernel's sample modules into the guest",
@@ -38,19 +37,19 @@ def add_parsers(commands: Commands) -> None:
     modprobe.add_argument("words", metavar="DIR, NAME=VALUE", nargs="*", help="the mount; the module's parameters")
     modprobe.set_defaults(run=_modprobe)
 
-    rmmod = cli._add(commands, "rmmod", "remove a kernel module from the guest", "fakefs rmmod hello")
+    rmmod = add_command(commands, "rmmod", "remove a kernel module from the guest", "fakefs rmmod hello")
     rmmod.add_argument("name", metavar="NAME", help="the module's name, without .ko")
     rmmod.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="the mount (default: the only one)")
     rmmod.set_defaults(run=_rmmod)
 
-    module = cli._add(
+    module = add_command(
         commands,
         "module",
         "build kernel modules with this machine's compiler and the headers of the guest's kernel",
         "fakefs module build hello.c\nfakefs module build --kernel sid -o hello.ko hello.c\nfakefs module samples",
     )
     actions = module.add_subparsers(dest="module_command", metavar="COMMAND", required=True)
-    build = cli._add(
+    build = add_command(
         actions,
         "build",
         "build a module from one C file, and print where it is",
@@ -59,7 +58,7 @@ def add_parsers(commands: Commands) -> None:
     build.add_argument("source", metavar="FILE.c", type=Path, help="the C file")
     build.add_argument("-o", dest="output", metavar="FILE.ko", type=Path, help="where to write it")
     build.set_defaults(run=_build)
-    samples = cli._add(
+    samples = add_command(
         actions,
         "samples",
         "build the samples for tracing from Debian's source of the kernel, and print where they are",

@@ -10,6 +10,7 @@ from fakefs.wprobe import errors
 from fakefs.wprobe.definition import TASK_SIZE, Definition, parse
 from fakefs.wprobe.errors import LogEntry, ProbeError
 from fakefs.wprobe.typecast import Member
+from tests.wprobe_lines import accepted, texts
 
 JIFFIES = 0xFFFFFFFF81C07A00
 
@@ -296,20 +297,9 @@ def test_carets_are_mapped_there_and_back(line: str) -> None:
                     assert defined.map_caret(there) == column
 
 
-tokens = st.sampled_from([*"w:/.@+-()$%=,> rx0148\\", "jiffies", "$addr", "->", "task_struct", "pid", "ev"])
-
-
-@given(st.one_of(st.text(st.characters(codec="latin-1"), max_size=80), st.lists(tokens).map("".join)))
+@given(texts(*"w:/.@+-()$%=,> rx0148\\", "jiffies", "$addr", "->", "task_struct", "pid", "ev"))
 def test_nothing_but_probe_error_is_raised(text: str) -> None:
     for line in (f"w{text}", f"w:ev w@jiffies a={text}", f"w w@{text}"):
-        refused: ProbeError | None = None
-        try:
-            defined = define(line)
-        except ProbeError as error:
-            refused = error
-        if refused is None:
+        if defined := accepted(define, line):
             assert defined.address >= TASK_SIZE
             assert defined.carrier().startswith(f"p:{defined.group}/{defined.event} emergency_restart")
-        else:
-            assert refused.entry
-            assert 0 <= refused.entry.caret <= len(refused.entry.command)

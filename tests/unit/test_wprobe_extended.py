@@ -12,6 +12,7 @@ from fakefs.wprobe import definition, errors, trigger
 from fakefs.wprobe.errors import ProbeError
 from tests.unit.test_wprobe_definition import JIFFIES, Kernel
 from tests.unit.test_wprobe_trigger import FIELDS, Structs, Target
+from tests.wprobe_lines import accepted, texts
 
 TARGETS = {"watch": Target(False), "busy": Target(True)}
 
@@ -189,24 +190,13 @@ def test_a_timeout_is_read_as_shown(timeout: int, count: int | None, condition: 
         assert read(wanted.show()) == wanted
 
 
-tokens = st.sampled_from([*"w:/.@+-()$!=,rx0148 ", "jiffies", "$old", "$at", "$access", "->", "task_struct", "pid"])
-
-
-@given(st.one_of(st.text(st.characters(codec="latin-1"), max_size=80), st.lists(tokens).map("".join)))
+@given(texts(*"w:/.@+-()$!=,rx0148 ", "jiffies", "$old", "$at", "$access", "->", "task_struct", "pid"))
 def test_nothing_but_probe_error_is_raised(text: str) -> None:
     for line in (f"w{text}", f"w4:ev w!@jiffies a={text}", f"w w@{text}"):
-        refused: ProbeError | None = None
-        try:
-            defined = define(line)
-        except ProbeError as error:
-            refused = error
-        if refused is None:
+        if defined := accepted(define, line):
             assert 0 < defined.length <= definition.MAX_LENGTH
             assert 0 <= defined.slots <= definition.MAX_SLOTS
             assert definition.TASK_SIZE <= defined.address <= (1 << 64) - defined.length
-        else:
-            assert refused.entry
-            assert 0 <= refused.entry.caret <= len(refused.entry.command)
 
 
 words = st.sampled_from([*":+-=0178", "dfd", "timeout=", "5ms", "count=", "unlimited", " if dfd"])
