@@ -12,6 +12,7 @@ from collections import deque
 from fakefs.mirror.records import Entry
 
 _LINKS_MAX = 40
+_TOLD_MAX = 1 << 16
 KERNELS = frozenset(("/proc", "/sys"))
 _DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 """Those that the guest has too, and where opening does no harm."""
@@ -64,6 +65,8 @@ class HostPaths:
 
     def tell(self, entries: list[Entry]) -> None:
         """What `look()` returned was passed on: the directories in it need not be told again."""
+        if len(self._told) > _TOLD_MAX:
+            self._told.clear()
         for entry in entries[:-1]:
             self._told[entry.path] = entry
 

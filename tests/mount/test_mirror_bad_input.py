@@ -150,15 +150,15 @@ def test_killed_at_any_moment(mirrored: Run) -> None:
         f"""
         exec 2> /dev/null
         for i in $(seq 15); do
-            bash -c ': > a; /bin/true; mkdir -p d/e; mv a b; sh -c "exit 1"; sleep 9' & kill -9 $!
-            bash -c ': > a; /bin/true; sleep 9 & exec sleep 8' & pid=$!
+            bash -c ': > a; /bin/true; mkdir -p d/e; mv a b; sh -c "exit 1"; sleep 98.7654' & kill -9 $!
+            bash -c ': > a; /bin/true; sleep 98.7654 & exec sleep 98.7654' & pid=$!
             until [ -e a ]; do :; done; kill -9 $pid; rm -f a
         done
         python3 -c $'{threads}' & pid=$!
         until [ -e started ]; do :; done; kill -9 $pid
         setsid bash -c 'for i in 1 2 3 4 5 6; do (while :; do /bin/true; done) & done; : > group; wait' & pid=$!
         until [ -e group ]; do :; done; kill -9 -$pid
-        wait; pkill -9 sleep
+        wait; pkill -9 -f "^sleep 98.7654"
         """
         + _SLOTS
     )
