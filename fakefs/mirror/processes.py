@@ -145,28 +145,33 @@ class Processes:
     async def bear(self, birth: Birth) -> Mirrored | None:
         """Make the shadow of a new thread by its parent's; None, said once, when the guest has no room for it."""
         async with self._bearing:
-            known = self.find(birth.tid)
-            if known is not None:
-                return known
-            parent, kind = self.find(birth.parent), Kind.PROCESS if birth.tid == birth.tgid else Kind.THREAD
-            if parent is None and kind is Kind.THREAD:
-                return None
-            try:
-                task = await self._spawn(parent, birth.tid, kind)
-            except OSError as error:
-                if error.errno == errno.EIO:
-                    raise
-                self._say_full()
-                return None
-            shadow = self._of(task, birth, parent, kind)
-            self._shadows.add(shadow)
-            if parent is None:
-                await self._leave_init(shadow)
-            elif shadow.comm != parent.comm:
-                await self._shadows.rename(shadow, shadow.comm)
-            if kind is Kind.PROCESS:
-                self._nursery.start_soon(self._follow, shadow)
-            return shadow
+            return await self._bear(birth)
+
+    async def _bear(self, birth: Birth) -> Mirrored | None:
+        known = self.find(birth.tid)
+        if known is not None:
+            return known
+        parent, kind = self.find(birth.parent), Kind.PROCESS if birth.tid == birth.tgid else Kind.THREAD
+        if parent is None and kind is Kind.THREAD:
+            return None
+        try:
+            task = await self._spawn(parent, birth.tid, kind)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise
+            if parent is not None and parent.task.dead:  # it has just been killed in the guest
+                return await self._bear(birth)
+            self._say_full()
+            return None
+        shadow = self._of(task, birth, parent, kind)
+        self._shadows.add(shadow)
+        if parent is None:
+            await self._leave_init(shadow)
+        elif shadow.comm != parent.comm:
+            await self._shadows.rename(shadow, shadow.comm)
+        if kind is Kind.PROCESS:
+            self._nursery.start_soon(self._follow, shadow)
+        return shadow
 
     async def _spawn(self, parent: Mirrored | None, tid: int, kind: Kind) -> Task:
         if parent is None:
