@@ -34,6 +34,7 @@ OP_CALLS = 1
 CALL_SPAWN = 0x10000
 CALL_COPY = 0x10001
 CALL_ENTER = 0x10002
+CALL_AFTER = 0x20000
 WINDOW_FD = 63
 """Init's descriptor of the memory that has the window."""
 FIRST_FD = 64

@@ -8,6 +8,8 @@
  *   OP_CALLS  make the slot's `ncalls` system calls in order, put their results beside them, make the hypercall again
  * A call with number CALL_SPAWN makes a new task: clone3(a[0], a[1]) whose child enters the loop with slot a[2], after
  * mapping that slot from physical address a[3], unless that is 0.
+ * A number plus CALL_AFTER is a call that is only made if call a[5] of the batch has not failed; else it fails with
+ * ECANCELED.
  * CALL_COPY copies a[2] bytes from address a[1] to a[0].
  * CALL_ENTER has the task run as the signal frame at a[0] says, from its struct ucontext on (rt_sigreturn(2)), until
  * there is a signal of a processor's exception, whose number is the result. Its alternate stack is to be in the task's
@@ -41,5 +43,6 @@
 #define CALL_SPAWN 0x10000l
 #define CALL_COPY 0x10001l
 #define CALL_ENTER 0x10002l
+#define CALL_AFTER 0x20000l
 
 #endif

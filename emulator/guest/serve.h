@@ -39,6 +39,7 @@ enum {
 enum { O_WRONLY = 1, O_RDWR = 2, O_SYNC = 04010000 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1, MAP_FIXED = 16 };
 enum { FUTEX_WAIT_PRIVATE = 128 };
+enum { ECANCELED = 125 };
 enum {
 	SIGINT = 2, SIGILL = 4, SIGTRAP = 5, SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SIGPIPE = 13, SIGCHLD = 17,
 };
@@ -167,14 +168,27 @@ static void catch_exceptions(void)
 		on_with(signals[i], on_exception, SA_ONSTACK, ~(1ul << (SIGINT - 1)));
 }
 
+/* The host's processor is emulated: a word costs as much as a byte. */
 static void copy(char *to, const char *from, u64 size)
 {
+	typedef u64 __attribute__((aligned(1), may_alias)) word;
+
+	for (; size >= sizeof(word); size -= sizeof(word), to += sizeof(word), from += sizeof(word))
+		*(volatile word *)to = *(const word *)from;
 	while (size--)
 		*(volatile char *)to++ = *from++;
 }
 
-static long make(struct slot *slot, long number, const long *a)
+static long make(struct slot *slot, const struct call *call)
 {
+	const long *a = call->argument;
+	long number = call->number;
+
+	if (number & CALL_AFTER) {
+		if ((u64)a[5] >= SLOT_MAX_CALLS || slot->calls[a[5]].result < 0)
+			return -ECANCELED;
+		number &= ~CALL_AFTER;
+	}
 	switch (number) {
 	case CALL_SPAWN:
 		return spawn(a[0], a[1], (u64)a[2], (u64)a[3]);
@@ -203,11 +217,8 @@ static void serve(u64 number, u64 physical)
 			syscall6(SYS_futex, (long)&slot->futex, FUTEX_WAIT_PRIVATE, 0, 0, 0, 0);
 			continue;
 		}
-		for (u32 i = 0; i < n && i < SLOT_MAX_CALLS; i++) {
-			struct call *c = &slot->calls[i];
-
-			c->result = make(slot, c->number, c->argument);
-		}
+		for (u32 i = 0; i < n && i < SLOT_MAX_CALLS; i++)
+			slot->calls[i].result = make(slot, &slot->calls[i]);
 	}
 }
 

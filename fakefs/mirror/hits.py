@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import trio
 
-from emulator.agent import CALL_COPY, CALL_ENTER, OTHER_ROOT, WINDOW_VIRTUAL, Call, Task
+from emulator.agent import CALL_AFTER, CALL_COPY, CALL_ENTER, OTHER_ROOT, WINDOW_VIRTUAL, Agent, Call, Task
 from fakefs.hostfiles.bring import Copy, HostFiles
 from fakefs.mirror.processes import KEPT, Mirrored, Processes
 from fakefs.mirror.records import Hit, Returns, Site, Sites
@@ -99,18 +99,36 @@ def frame(registers: Mapping[str, int], task: Task, *, trap: bool) -> bytes:
     return _UCONTEXT.pack(*head, *words, _USER_CS, 0, 0, _USER_DS, 0, 0, 0, 0, 0, _BLOCKED)
 
 
-def pages_of(pieces: Iterable[tuple[int, bytes]], stack: int, taken: range) -> dict[int, bytes]:
-    """Return runs of whole pages with what is at some addresses, by their first one; in all no more than a slot holds.
+class Page:
+    """One page of memory for a shadow: what is in it, from `first` to `last`."""
+
+    __slots__ = ("data", "first", "last")
+
+    def __init__(self) -> None:
+        self.data = bytearray(_PAGE)
+        self.first, self.last = _PAGE, 0
+
+    def put(self, at: int, data: bytes) -> None:
+        self.data[at : at + len(data)] = data
+        self.first, self.last = min(self.first, at), max(self.last, at + len(data))
+
+    @property
+    def contents(self) -> bytes:
+        return bytes(self.data[self.first : self.last])
+
+
+def pages_of(pieces: Iterable[tuple[int, bytes]], stack: int, taken: range) -> dict[int, Page]:
+    """Return pages with what is at some addresses, no more than a slot holds.
 
     The stack's page comes first, then pieces in their order. None of the addresses is in `taken`, or the window's.
     """
-    pages: dict[int, bytearray] = {}
+    pages: dict[int, Page] = {}
 
-    def page(address: int) -> bytearray | None:
+    def page(address: int) -> Page | None:
         start = address & -_PAGE
         usable = _LOWEST <= start < _HIGHEST and not WINDOW_VIRTUAL <= start < 2 * WINDOW_VIRTUAL and start not in taken
         if start not in pages and usable and len(pages) < _PAGES_MAX:
-            pages[start] = bytearray(_PAGE)
+            pages[start] = Page()
         return pages.get(start)
 
     for address in (stack, stack - _BELOW_STACK):
@@ -121,17 +139,62 @@ def pages_of(pieces: Iterable[tuple[int, bytes]], stack: int, taken: range) -> d
             piece, data = data[: _PAGE - at], data[_PAGE - at :]
             there = page(address)
             if there is not None:
-                there[at : at + len(piece)] = piece
+                there.put(at, piece)
             address += len(piece)
-    runs: dict[int, bytes] = {}
-    last = None
+    return pages
+
+
+def runs(pages: Iterable[int]) -> list[range]:
+    """Return the ranges of addresses that pages make up, of which their first ones are given."""
+    found: list[range] = []
     for start in sorted(pages):
-        if last is not None and last + len(runs[last]) == start:
-            runs[last] += bytes(pages[start])
+        if found and found[-1].stop == start:
+            found[-1] = range(found[-1].start, start + _PAGE)
         else:
-            last = start
-            runs[start] = bytes(pages[start])
-    return runs
+            found.append(range(start, start + _PAGE))
+    return found
+
+
+class _Batch:
+    """Calls of one task. Those that need a mapping are made after it, and not if it was refused."""
+
+    def __init__(self, task: Task, agent: Agent) -> None:
+        self._task = task
+        self._agent = agent
+        self._area = _MEMORY
+        self._maps: dict[int, tuple[int, int]] = {}  # address and size by the number of the call
+        self.calls: list[Call] = []
+
+    def _add(self, *call: int) -> int:
+        self.calls.append(call)
+        return len(self.calls) - 1
+
+    def map(self, start: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
+        number = self._add(Sys.MMAP, start, size, protection, flags | _MAP_FIXED_NOREPLACE, fd, offset)
+        self._maps[number] = start, size
+        return number
+
+    def copy(self, mapping: int, address: int, data: bytes) -> None:
+        if data:
+            self._agent.put(self._task, self._area, data)
+            self._add(CALL_AFTER | CALL_COPY, address, self._task.virtual(self._area), len(data), 0, 0, mapping)
+            self._area += len(data)
+
+    def enter(self, mapping: int | None, context: bytes, catches: bool) -> int:
+        self._agent.put(self._task, _FRAME, context)
+        after = (CALL_ENTER, 0) if mapping is None else (CALL_AFTER | CALL_ENTER, mapping)
+        return self._add(after[0], self._task.virtual(_FRAME), int(not catches), 0, 0, 0, after[1])
+
+    def read_back(self, address: int, size: int) -> int | None:
+        """Copy to _RESULT what is in a mapping, if it is in one."""
+        for mapping, (start, length) in self._maps.items():
+            if start <= address and address + size <= start + length:
+                return self._add(CALL_AFTER | CALL_COPY, self._task.virtual(_RESULT), address, size, 0, 0, mapping)
+        return None
+
+    def unmap(self) -> None:
+        for mapping, (start, size) in self._maps.items():
+            self._add(CALL_AFTER | Sys.MUNMAP, start, size, 0, 0, 0, mapping)
 
 
 class Probes:
@@ -254,46 +317,33 @@ class Probes:
                 await self._enter(shadow, record, registers | {"ip": record.address}, site)
 
     async def _enter(self, shadow: Mirrored, record: Hit, registers: Mapping[str, int], site: Site | None) -> None:
-        """Map what is needed, go there, and unmap it."""
-        code, code_pages = [], range(0)
+        """Map what is needed, go there, and unmap it, in one go: each call depends on the mapping that it needs."""
+        batch = _Batch(shadow.task, self._agent)
+        code, taken = None, range(0)
         if site is not None:
-            start = record.address & -_PAGE
-            end = (record.address + _INSTRUCTION_MAX + _PAGE - 1) & -_PAGE
-            offset = site.offset - record.address + start
             fd = await self._descriptor(shadow, self._file_of[site.id])
+            start = record.address & -_PAGE
+            taken = range(start, (record.address + _INSTRUCTION_MAX + _PAGE - 1) & -_PAGE)
+            offset = site.offset - record.address + start
             if fd < 0 or offset < 0 or not _LOWEST <= start < _HIGHEST:
                 return
-            code_pages = range(start, end)
-            code = [(Sys.MMAP, start, end - start, _PROT_READ_EXEC, _MAP_PRIVATE | _MAP_FIXED_NOREPLACE, fd, offset)]
+            code = batch.map(start, len(taken), _PROT_READ_EXEC, _MAP_PRIVATE, fd, offset)
         stack = registers["sp"]
         pieces = [(at, base64.b64decode(text)) for at, text in record.memory]
         if record.returns == Returns.TOLD_ALREADY:
             pieces.append((stack, struct.pack("<Q", shadow.probed.trampoline)))
-        runs = pages_of(pieces, stack, code_pages)
-        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        maps: list[Call] = [
-            *code,
-            *((Sys.MMAP, start, len(data), _PROT_READ_WRITE, flags, -1, 0) for start, data in runs.items()),
-        ]
-        results = await self._pump.call(shadow.task, maps)
-        mapped = [call for call, result in zip(maps, results, strict=True) if result == call[1]]
-        calls: list[Call] = []
-        at, area = shadow.task.virtual, _MEMORY
-        for start, data in runs.items():
-            self._agent.put(shadow.task, area, data)
-            if any(call[1] == start for call in mapped):
-                calls.append((CALL_COPY, start, at(area), len(data)))
-            area += len(data)
-        if not code or code[0] in mapped:
-            self._agent.put(shadow.task, _FRAME, frame(registers, shadow.task, trap=bool(code)))
-            calls.append((CALL_ENTER, at(_FRAME), int(not shadow.probed.catches)))
+        pages = pages_of(pieces, stack, taken)
+        for run in runs(pages):
+            mapping = batch.map(run.start, len(run), _PROT_READ_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+            for start in run[::_PAGE]:
+                batch.copy(mapping, start + pages[start].first, pages[start].contents)
+        entered = batch.enter(code, frame(registers, shadow.task, trap=code is not None), shadow.probed.catches)
+        returned = batch.read_back(stack, 8) if record.returns else None
+        batch.unmap()
+        results = await self._pump.call(shadow.task, batch.calls)
+        if results[entered] >= 0:
             shadow.probed.catches = True
-        there = any(call[1] <= stack and stack + 8 <= call[1] + call[2] for call in mapped)
-        if record.returns and there:
-            calls.append((CALL_COPY, at(_RESULT), stack, 8))
-        calls += [(Sys.MUNMAP, call[1], call[2]) for call in mapped]
-        await self._pump.call(shadow.task, calls)
-        if record.returns and there:
+        if returned is not None and results[returned] == 0:
             self._note_trampoline(shadow, stack, pieces)
 
     def _note_trampoline(self, shadow: Mirrored, stack: int, pieces: list[tuple[int, bytes]]) -> None:

@@ -197,6 +197,8 @@ class Recorder:
                 return  # it has been killed
         waits = partial(self._listener.is_valid, notification.id)
         if notification.number == trampoline.NUMBER:
+            if notification.arguments[0] == trampoline.RETURN:  # those that it has forked return there too
+                yield from self._unseen_children(self._threads[notification.tid].tgid, notification.tid)
             yield from self._uprobes.hit(notification, waits)
             return
         call = BY_NUMBER[notification.number]

@@ -35,7 +35,8 @@ ROOM = 192
 
 _SAVE = bytes.fromhex("488d642480 9c 50 51 52 53 55 56 57 4150 4151 4152 4153 4154 4155 4156 4157")
 _RESTORE = bytes.fromhex("415f 415e 415d 415c 415b 415a 4159 4158 5f 5e 5d 5b 5a 59 58 9d 488da42480000000")
-_SYSCALL = b"\x48\x89\xe6\xb8" + struct.pack("<I", NUMBER) + b"\x0f\x05"  # mov %rsp,%rsi; mov $NUMBER,%eax; syscall
+# mov %rsp,%rsi; 1: mov $NUMBER,%eax; syscall; cmp $-EINTR,%eax; je 1b: a signal may come before anybody is told.
+_SYSCALL = b"\x48\x89\xe6\xb8" + struct.pack("<I", NUMBER) + b"\x0f\x05\x83\xf8\xfc\x74\xf4"
 _END = b"\xcc"  # room behind something that does not end in 0 is known to be free
 
 
@@ -152,7 +153,7 @@ SIGNATURE = b"fakefs\0\1"
 """A stub begins with it and the number of entries in its table, 8 bytes each, and ends with it."""
 ENTRY = struct.Struct("<QQ")
 """Where on the stack a return address was, and that. The first is 0 when the entry is free."""
-STUB_CODE, STUB_TABLE = 16, 144
+STUB_CODE, STUB_TABLE = 16, 160
 """Offsets of what a function returns to, and of the table."""
 
 

@@ -182,6 +182,7 @@ def test_a_program_does_not_notice(run: Run, probed: Program) -> None:
     assert done.stderr == f"{plain.stdout}status {plain.returncode}\n"
     counts = Counter(hit.event for hit in hits_of(done))
     assert [counts[name] for name in functions[:4]] == [3, 150, 1, 201]
+    assert counts["r_forks"] == 6  # in the children too
     assert [counts[f"r_{name}"] for name in functions[1:3]] == [100, 1]
     assert counts["r_deep"] in (16, 64)  # as many as there is room for
     assert counts["adds"] == counts["r_adds"] > 170

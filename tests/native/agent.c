@@ -190,7 +190,7 @@ static void test_spawn(void)
 	CHECK(fake.spawned == 1 && slot_at(1)->calls[0].result == 77 && fake.calls == 0);
 }
 
-static char copied[] = "0123456789";
+static char copied[20] = "0123456789";
 
 static int copy_and_enter(u64 number)
 {
@@ -198,12 +198,17 @@ static int copy_and_enter(u64 number)
 
 	if (fake.entered)
 		finish();
-	slot->ncalls = 5;
+	slot->ncalls = 9;
 	slot->calls[0] = (struct call){ .number = CALL_COPY, .argument = { (long)copied + 1, (long)copied + 6, 3 } };
 	slot->calls[1] = (struct call){ .number = CALL_COPY, .argument = { 0, 0, 0 }, .result = 5 };
 	slot->calls[2] = (struct call){ .number = CALL_ENTER, .argument = { 21, 0 } };
 	slot->calls[3] = (struct call){ .number = CALL_ENTER, .argument = { 21, 1 } };
 	slot->calls[4] = (struct call){ .number = 1000 };
+	slot->calls[5] = (struct call){ .number = CALL_AFTER + 1001, .argument = { 0, 0, 0, 0, 0, 3 } };
+	slot->calls[6] = (struct call){ .number = CALL_AFTER + 1002, .argument = { 0, 0, 0, 0, 0, 4 } };
+	slot->calls[7] = (struct call){ .number = CALL_AFTER + 1003, .argument = { 0, 0, 0, 0, 0, SLOT_MAX_CALLS } };
+	slot->calls[8] = (struct call){ .number = CALL_AFTER + CALL_COPY,
+					.argument = { (long)(copied + 10), (long)copied, 9, 0, 0, 3 } };
 	return OP_CALLS;
 }
 
@@ -212,9 +217,10 @@ static void test_copy_and_enter(void)
 	reset(copy_and_enter);
 	serve_until_finished(1);
 	struct call *calls = slot_at(1)->calls;
-	CHECK(!strcmp(copied, "0678456789") && calls[0].result == 0 && calls[1].result == 0);
+	CHECK(!strcmp(copied, "0678456789067845678") && calls[0].result == 0 && calls[1].result == 0);
 	CHECK(fake.entered == 2 && calls[2].result == SIGTRAP && calls[3].result == SIGTRAP && fake.handlers == 5);
-	CHECK(fake.calls == 1 && calls[4].result == -1000);
+	CHECK(fake.calls == 2 && calls[4].result == -1000 && calls[5].result == -1001);
+	CHECK(calls[6].result == -ECANCELED && calls[7].result == -ECANCELED && calls[8].result == 0);
 }
 
 /* ---- the start */
