@@ -96,7 +96,7 @@ def read(directory: Path) -> Lab:
     try:
         with open(directory / "lab.toml", "rb") as file:
             values = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"lab {name}: lab.toml: {error}") from None
     for key, value in values.items():
         kind = _KEYS.get(key)
@@ -107,8 +107,13 @@ def read(directory: Path) -> Lab:
         if type(value) is not kind or (kind is list and not texts):
             what = {str: "a text", int: "a number", list: "a list of texts"}[kind]
             raise UserError(f"lab {name}: lab.toml: {key} is {what}")
-    if not values.get("title"):
-        raise UserError(f"lab {name}: lab.toml: there is no title")
+    title = values.get("title", "")
+    if not title.strip() or not title.isprintable():
+        raise UserError(f"lab {name}: lab.toml: " + ("the title is not one line" if title else "there is no title"))
+    if not 1 <= values.get("level", 1) <= 5:
+        raise UserError(f"lab {name}: lab.toml: level is a number from 1 to 5")
+    if not 1 <= values.get("minutes", 10) <= 999:
+        raise UserError(f"lab {name}: lab.toml: minutes is a number from 1 to 999")
     modules = tuple(values.get("modules", ()))
     for module in modules:
         if not (directory / module).is_file():
@@ -116,7 +121,7 @@ def read(directory: Path) -> Lab:
     return Lab(
         name,
         directory,
-        values["title"],
+        title,
         values.get("level", 1),
         values.get("minutes", 10),
         modules,

@@ -41,8 +41,9 @@ def load(directory: Path) -> Progress:
         values = json.loads((directory / "progress.json").read_text())
         known = {field.name: type(field.default) for field in fields(Progress)}
         if isinstance(values, dict):
-            return Progress(**{name: values[name] for name, kind in known.items() if type(values.get(name)) is kind})
-    except (OSError, ValueError):
+            values = {name: values[name] for name, kind in known.items() if type(values.get(name)) is kind}
+            return Progress(**{name: value for name, value in values.items() if type(value) is not int or value >= 0})
+    except (OSError, ValueError, RecursionError):
         pass
     return Progress()
 
@@ -94,7 +95,8 @@ def runner(name: str) -> int | None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(lock.read(32))
+                pid = int(lock.read(32))
+                return pid if pid > 0 else None  # the others are whole groups of processes to kill(2)
     except (OSError, ValueError):
         pass
     return None

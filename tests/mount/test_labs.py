@@ -167,6 +167,29 @@ def test_a_student_at_a_terminal(student: dict[str, str], kernel_path: Path) -> 
     assert (kept.hints, kept.checks, bool(kept.passed_at)) == (1, 2, True)
 
 
+def test_two_labs_at_once(student: dict[str, str], lab: Path, kernel_path: Path) -> None:
+    """Each with its own kernel; from outside a reset has to say which."""
+    prompt = r"\[lab {}\] /sys/kernel/tracing [#$] "
+    terminals = {}
+    for name in ("first-probe", str(lab)):
+        terminal = Terminal([*FAKEFS, "lab", "start", "--kernel", str(kernel_path), name], student)
+        terminals[Path(name).name] = terminal
+        terminal.wait_for(prompt.format(Path(name).name))
+        terminal.type(f"echo 'p:{Path(name).name.replace('-', '_')} vfs_read' > dynamic_events; cat dynamic_events")
+        assert terminal.wait_for(r"\np:kprobes/\w+ vfs_read").count("p:kprobes/") == 1
+    done = subprocess.run([*FAKEFS, "lab", "reset"], env=student, capture_output=True, text=True, check=False)
+    assert done.stderr == "fakefs: several labs are running; name one: fakefs lab reset NAME\n"
+    subprocess.run([*FAKEFS, "lab", "reset", "my-lab"], env=student, timeout=60, check=True)
+    terminals["my-lab"].wait_for("lab my-lab: a fresh kernel")
+    terminals["my-lab"].wait_for(prompt.format("my-lab"))
+    terminals["first-probe"].type("cat dynamic_events")
+    terminals["first-probe"].wait_for(r"\np:kprobes/first_probe vfs_read")
+    for name, terminal in terminals.items():
+        terminal.type("exit")
+        terminal.wait_for(f"lab {name}: not passed yet")
+        terminal.close()
+
+
 def test_results_for_a_class(fakefs: Command, lab: Path, kernel_path: Path) -> None:
     script = f"fakefs lab check --json; fakefs lab check --json 999; bash {lab}/solution; fakefs lab check --json"
     done = fakefs("lab", "start", "--kernel", kernel_path, lab, "--", "sh", "-c", script)
