@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import struct
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,12 +32,19 @@ _STOPPING = 1.0  # host seconds after which a process that was sent SIGSTOP has 
 _TIMESPEC = struct.Struct("<qq")
 
 
+Ending = Callable[[], Awaitable[None]]
+
+
 class Blocked(NamedTuple):
-    """A call that was begun. `until`: the host's monotonic time at which it should be over, if it is a sleep."""
+    """A call that was begun. `until`: the host's monotonic time at which it should be over, if it is a sleep.
+
+    `ending` does in the guest what has ended the call on the host, as far as that can be said.
+    """
 
     request: Request
     calls: Sequence[Call]
     until: float | None
+    ending: Ending | None = None
 
 
 class Blocking:
@@ -49,12 +56,12 @@ class Blocking:
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._woken: set[int] = set()  # those of them that go on for a call they had begun before
 
-    async def begin(self, shadow: Mirrored, calls: Sequence[Call]) -> Request:
+    async def begin(self, shadow: Mirrored, calls: Sequence[Call], ending: Ending | None = None) -> Request:
         """Begin calls, and return when they are done or blocked. The caller holds the shadow's lock."""
         request = self._pump.begin(shadow.task, calls)
         await self._rest(request)
         if not request.done:
-            shadow.blocked = Blocked(request, calls, None)
+            shadow.blocked = Blocked(request, calls, None, ending)
         return request
 
     def sleep(self, shadow: Mirrored, clock: int | None, duration: int) -> None:
@@ -73,6 +80,9 @@ class Blocking:
             return
         if blocked.until is None:
             await self._rest(blocked.request)
+            if blocked.ending is not None and not blocked.request.done:
+                await blocked.ending()
+                await self._rest(blocked.request)
         elif not blocked.request.done:
             late = blocked.until - time.monotonic() + _OVERSLEEP
             if late < 2 * _OVERSLEEP:  # else it was interrupted
@@ -114,7 +124,7 @@ class Blocking:
 
     async def _again(self, shadow: Mirrored, blocked: Blocked, *, sleeps: bool) -> None:
         if blocked.until is None:
-            await self.begin(shadow, blocked.calls)
+            await self.begin(shadow, blocked.calls, blocked.ending)
         elif sleeps and (left := blocked.until - time.monotonic()) > 0:
             [(number, clock, *_)] = blocked.calls
             self.sleep(shadow, clock if number == Sys.CLOCK_NANOSLEEP else None, int(left * 1e9))

@@ -42,6 +42,7 @@ class Call(NamedTuple):
 
 _ARCH_SET_FS = 0x1002
 _PR_SET_NAME = 15
+_F_DUPFD, _F_DUPFD_CLOEXEC = 0, 1030
 
 _P, _F, _A = Level.PROCESS, Level.FILES, Level.ALL
 
@@ -123,6 +124,12 @@ TABLE = (
     Call(5, "fstat", _A, "Ob"),
     Call(217, "getdents64", _A, "Obi"),
     Call(3, "close", _A, "O"),
+    Call(32, "dup", _A, "O"),
+    Call(33, "dup2", _A, "Oi"),
+    Call(292, "dup3", _A, "Oii"),
+    Call(72, "fcntl", _A, "Oii", (Rule(72, 1, value=_F_DUPFD), Rule(72, 1, value=_F_DUPFD_CLOEXEC))),
+    Call(22, "pipe", _A, "b"),
+    Call(293, "pipe2", _A, "bi"),
 )
 
 BY_NUMBER = {call.number: call for call in TABLE}

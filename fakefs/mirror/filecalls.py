@@ -20,6 +20,7 @@ _RENAME_EXCHANGE = 2
 ANSWER, ANSWER_SIZE = 0x4000, 0x4000
 """Room in a data area for what a call answers, offset and size in bytes."""
 _OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "creat"))
+_PIPES = frozenset(NUMBER[name] for name in ("pipe", "pipe2"))
 _LEAVES_CONTENT = frozenset(
     NUMBER[name]
     for name in (
@@ -84,7 +85,7 @@ class FileCalls:
         before: list[Wish] = []
         if record.cwd and record.cwd != shadow.cwd:
             before.append((Sys.CHDIR, os.fsencode(record.cwd)))
-        fd = shadow.next_descriptor
+        fd, second = shadow.next_descriptors
         if record.number in _OPENS:
             if record.number != NUMBER["creat"]:
                 at = 2 if record.number == NUMBER["openat"] else 1
@@ -92,6 +93,8 @@ class FileCalls:
                 assert isinstance(flags, int)
                 words[at] = flags | os.O_NONBLOCK | os.O_NOCTTY
             return [*before, (record.number, *words), (Sys.CLOSE, fd)], len(before)
+        if record.number in _PIPES:
+            return [(record.number, *words), (Sys.CLOSE, fd), (Sys.CLOSE, second)], 0
         if BY_NUMBER[record.number].arguments.startswith("F"):
             access = os.O_RDWR if record.number == Sys.FTRUNCATE else os.O_RDONLY
             opening = (Sys.OPENAT, AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)

@@ -70,7 +70,7 @@ class Launch:
             try:
                 namespace.die_with_parent()
                 os.setpgid(0, 0)  # away from the terminal's signals
-                _record(self._listener, self._recorder, child, tracing, self._in_flight)
+                _record(self._listener, self._recorder, child, tracing, self._in_flight, self.level)
             finally:
                 os._exit(1)
         self._recorder.close()
@@ -83,7 +83,9 @@ class Launch:
         return True
 
 
-def _record(listener: Listener, daemon: socket.socket, child: int, tracing: Path, in_flight: mmap.mmap) -> None:
+def _record(
+    listener: Listener, daemon: socket.socket, child: int, tracing: Path, in_flight: mmap.mmap, level: Level
+) -> None:
     from fakefs.mirror.hostpaths import HostPaths
     from fakefs.mirror.recorder import Recorder
     from fakefs.mirror.uprobes import Uprobes
@@ -94,7 +96,7 @@ def _record(listener: Listener, daemon: socket.socket, child: int, tracing: Path
     root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     guest_device = os.stat(tracing).st_dev
     paths = HostPaths(root, guest_device)
-    Recorder(listener, daemon, paths, Uprobes(guest_device), os.getppid(), note).run()
+    Recorder(listener, daemon, paths, Uprobes(guest_device), os.getppid(), level, note).run()
 
 
 def _proceed(listener: Listener, in_flight: mmap.mmap) -> None:

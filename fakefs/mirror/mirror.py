@@ -24,6 +24,7 @@ from fakefs.mirror.records import (
     PACKET_MAX,
     Birth,
     Credentials,
+    Descriptors,
     Exit,
     Files,
     Hit,
@@ -130,8 +131,9 @@ class Mirror:
     async def _do(self, record: Record | Looks | Died) -> None:
         processes = self._processes
         if not isinstance(record, Died):
-            for child, status in processes.ended_children(record.tid):  # that is why it has gone on
-                await self._delivery.end(child, status)
+            for child, status in processes.ended_children(record.tid):  # one may be why it has gone on
+                if not self._queue.has_of(child.tgid):
+                    await self._delivery.end(child, status)
         match record:
             case Looks():
                 await self._files.look(record)
@@ -141,6 +143,8 @@ class Mirror:
                 await self._transfers.make(record)
             case Hit():
                 await self._probes.hit(record)
+            case Descriptors():
+                await self._transfers.keep(record)
             case Birth():
                 await processes.bear(record)
             case Program():

@@ -23,7 +23,7 @@ from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Task, strings
 from fakefs.mirror.blocking import LASTING, Blocked, Blocking
 from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
-from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Wait
+from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Transfer, Wait
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -41,8 +41,13 @@ class OpenFile(NamedTuple):
     """A file of the guest for one that the host has open at a descriptor: of the same path, or /dev/null for none."""
 
     path: str
+    flags: int
     fd: int
     position: int
+
+    def is_for(self, record: Transfer) -> bool:
+        """Is what a record tells of this file?"""
+        return self.path == record.file.text and not (self.flags ^ record.flags) & os.O_ACCMODE
 
 
 class Probed:
@@ -91,10 +96,11 @@ class Mirrored(Shadow):
         self.doomed = int(signal.SIGKILL)
 
     @property
-    def next_descriptor(self) -> int:
-        """The number that the next file it opens will have: the lowest that is free."""
+    def next_descriptors(self) -> tuple[int, int]:
+        """The numbers that the next files it opens will have: the lowest that are free."""
         taken = {WINDOW_FD, *self.descriptors.values(), *(file.fd for file in self.files.values())}
-        return next(fd for fd in count() if fd not in taken)
+        free = (fd for fd in count() if fd not in taken)
+        return next(free), next(free)
 
 
 class Processes:

@@ -111,6 +111,10 @@ class Queue:
         self._waiting.append(new)
         return True
 
+    def has_of(self, tid: int) -> bool:
+        """Does anything wait that this thread has done?"""
+        return any(record.tid == tid for record in self._waiting if not isinstance(record, Died))
+
     def take(self) -> Record | Looks | Died:
         """Return what is first. Raises IndexError when nothing waits."""
         first = self._waiting.popleft()

@@ -11,7 +11,6 @@ import errno
 import os
 import select
 import socket
-import stat
 import struct
 import sys
 import time
@@ -20,12 +19,13 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from fakefs.mirror import credentials, signals, trampoline
-from fakefs.mirror.calls import BY_NUMBER, Call
+from fakefs.mirror import credentials, openfiles, signals, trampoline
+from fakefs.mirror.calls import BY_NUMBER, Call, Level
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
     PACKET_MAX,
     Birth,
+    Descriptors,
     Exit,
     Files,
     Name,
@@ -51,8 +51,6 @@ _P_PIDFD = 3
 _OPEN_HOW = struct.Struct("<QQQ")
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
-DATA_MAX = 4096
-"""Bytes of what one call writes that are written in the guest too; the rest is zeros there."""
 _ARGV_MAX, _ARGUMENT_MAX = 16, 256
 _GENERATIONS = 64
 
@@ -89,6 +87,7 @@ class Recorder:
         paths: HostPaths,
         uprobes: Uprobes,
         outside: int,
+        level: Level,
         in_flight: Callable[[int], None] = lambda identity: None,
     ) -> None:
         self._listener = listener
@@ -97,6 +96,7 @@ class Recorder:
         self._paths = paths
         self._uprobes = uprobes
         self._outside = outside
+        self._level = level
         self._in_flight = in_flight
         self._threads: dict[int, Thread] = {}
         self._programs: dict[int, _Execve] = {}  # what a thread has asked execve(2) for
@@ -209,7 +209,7 @@ class Recorder:
             self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
         if call.arguments.startswith("O"):
-            yield self._transfer(notification, call)
+            yield openfiles.used(notification, call, self._paths)
         elif call.arguments.startswith(("U", "G")):
             yield credentials.requested(notification, call)
         elif special is not None:
@@ -271,6 +271,8 @@ class Recorder:
                 if tid != leader:
                     del self._threads[tid]
             yield programs[-1]._replace(tid=leader)
+            if self._level >= Level.ALL:
+                yield Descriptors(leader, openfiles.descriptors(leader))
 
     def _exit(self, notification: Notification, call: Call) -> Iterator[Record]:
         tid, group = notification.tid, call.name == "exit_group"
@@ -369,24 +371,6 @@ class Recorder:
             for entry in path.entries[-1:]:
                 self._paths.forget(entry.path)
         yield Files(tid, number, arguments, paths, cwd)
-
-    def _transfer(self, notification: Notification, call: Call) -> Transfer:
-        tid, fd = notification.tid, _signed(notification.arguments[0])
-        file, position = PathArgument("", []), 0
-        path = os.readlink(f"/proc/{tid}/fd/{fd}")
-        if path.startswith("/") and not path.startswith("/dev/") and not path.endswith(" (deleted)"):
-            file = PathArgument(path, self._paths.look(path, follow=False))
-            with open(f"/proc/{tid}/fdinfo/{fd}") as info:
-                position = int(info.readline().split()[1])
-            if stat.S_IFMT(file.entry.mode) not in (stat.S_IFREG, stat.S_IFDIR):
-                file = PathArgument("", [])
-        arguments: list[int | None] = []
-        data = b""
-        for letter, value in zip(call.arguments[1:], notification.arguments[1:], strict=False):
-            arguments.append(None if letter in "Bb" else value & (1 << 63) - 1)
-            if letter == "B":
-                data = read_memory(tid, value, min(notification.arguments[2], DATA_MAX))
-        return Transfer(tid, call.number, fd, file, position, arguments, data.decode("latin-1"))
 
     @staticmethod
     def _refuses_links(notification: Notification, call: Call) -> bool:

@@ -88,6 +88,13 @@ class Plain(NamedTuple):
     arguments: list[int]
 
 
+class Descriptors(NamedTuple):
+    """A process has these files open, and no others: execve(2) closes some."""
+
+    tid: int
+    numbers: list[int]
+
+
 class Wait(NamedTuple):
     """A call that waits for a child. `arguments` has None where an address for an answer is given."""
 
@@ -133,7 +140,9 @@ class Files(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A call on an open file, `fd` on the host. `file` has no text if that is no regular file or directory.
+    """A call on an open file, `fd` on the host, where it was opened with `flags`.
+
+    `file` has the path of a regular file, directory or named pipe, the name of a pipe or terminal, or nothing.
 
     `arguments` are those behind the descriptor, None for a buffer; `data` is what is written, as far as it was read, in
     latin-1; `position` is the file's before the call.
@@ -144,6 +153,7 @@ class Transfer(NamedTuple):
     fd: int
     file: PathArgument
     position: int
+    flags: int
     arguments: list[int | None]
     data: str
 
@@ -204,7 +214,21 @@ class Sites(NamedTuple):
     tid: int
 
 
-Record = Birth | Program | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer | Hit
+Record = (
+    Birth
+    | Program
+    | Descriptors
+    | Exit
+    | Name
+    | Sleep
+    | Plain
+    | Wait
+    | Signal
+    | Credentials
+    | Files
+    | Transfer
+    | Hit
+)
 Packet = Record | Placed | Site | Sites
 _KINDS: dict[str, type[Packet]] = {kind.__name__: kind for kind in get_args(Packet)}
 

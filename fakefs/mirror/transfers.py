@@ -1,22 +1,27 @@
 """Calls on open files: read(2), write(2) and the like, of the same sizes, on files that the guest opens for them.
 
 The files are opened when they are first used, by their path on the host, under the same descriptor number where that
-is free. What has no path (pipes, sockets, terminals) is /dev/null: never blocks, takes everything and gives nothing.
+is free. What has neither path nor name (sockets, what was deleted) is /dev/null: never blocks, takes everything and
+gives nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
 from emulator.agent import WINDOW_FD
 from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.filecalls import ANSWER, ANSWER_SIZE
-from fakefs.mirror.guestpaths import GuestPaths, place
+from fakefs.mirror.guestpaths import GuestPaths, batches, place
 from fakefs.mirror.processes import Mirrored, OpenFile, Processes
-from fakefs.mirror.records import Transfer
+from fakefs.mirror.records import Descriptors, Transfer
+from fakefs.mirror.streams import Streams, is_stream
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, Sys
 
+_TO_A_NUMBER = frozenset(NUMBER[name] for name in ("dup2", "dup3"))
+_DUPLICATES = _TO_A_NUMBER | {NUMBER["dup"], NUMBER["fcntl"]}
 _MOVES = frozenset(NUMBER[name] for name in ("read", "write", "getdents64"))
 
 
@@ -27,6 +32,7 @@ class Transfers:
         self._pump = shadows.pump
         self._processes = processes
         self._paths = paths
+        self._streams = Streams(shadows)
 
     async def make(self, record: Transfer) -> None:
         """Make a call by its thread's shadow."""
@@ -42,30 +48,71 @@ class Transfers:
             return
         await self._paths.make(record.file.entries, writes=record.number in (NUMBER["write"], NUMBER["pwrite64"]))
         async with shadow.lock:
-            if file is None or file.path != record.file.text:
+            if file is None or not file.is_for(record):
                 file = await self._open(shadow, record, file)
-            if file is not None:
+            if file is not None and record.number in _DUPLICATES:
+                await self._duplicate(shadow, record, file)
+            elif file is not None:
                 await self._transfer(shadow, record, file)
 
+    async def keep(self, record: Descriptors) -> None:
+        """Close what the host's process has not got any more."""
+        shadow = self._processes.find(record.tid)
+        if shadow is None:
+            return
+        await self._processes.settle(shadow)
+        gone = shadow.files.keys() - set(record.numbers)
+        if closing := [(Sys.CLOSE, shadow.files.pop(fd).fd) for fd in gone]:
+            async with shadow.lock:
+                for part in batches(closing):
+                    await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
+
     async def _open(self, shadow: Mirrored, record: Transfer, old: OpenFile | None) -> OpenFile | None:
-        path = record.file.text
-        calls = [] if old is None else [(Sys.CLOSE, old.fd)]
         shadow.files.pop(record.fd, None)
-        # /dev of mirrored processes is the guest's. A directory is not opened for writing, a file is for both.
-        for flags in (os.O_RDWR, os.O_RDONLY):
-            wish = (Sys.OPENAT, AT_FDCWD, os.fsencode(path or "/dev/null"), flags | os.O_NONBLOCK | os.O_NOCTTY, 0)
-            [*_, fd] = await self._pump.call(shadow.task, [*calls, *place(self._pump.agent, shadow.task, [wish])])
-            calls = []
-            if fd >= 0:
-                break
+        if old is not None:
+            await self._pump.call(shadow.task, [(Sys.CLOSE, old.fd)])
+        flags = record.flags & (os.O_ACCMODE | os.O_APPEND)
+        if is_stream(record.file):
+            path = await self._streams.path(record.file)
+            fd = await self._open_at(shadow, path, flags | record.flags & os.O_NONBLOCK)
         else:
+            fd = await self._open_at(shadow, os.fsencode(record.file.text), flags | os.O_NONBLOCK)
+        if fd < 0:  # /dev of mirrored processes is the guest's
+            fd = await self._open_at(shadow, b"/dev/null", os.O_RDWR)
+        if fd < 0:
             return None
-        taken = {WINDOW_FD, *shadow.descriptors.values(), *(file.fd for file in shadow.files.values())}
-        if fd != record.fd < WINDOW_FD and record.fd not in taken:
+        if fd != record.fd and self._is_free(shadow, record.fd):
             await self._pump.call(shadow.task, [(Sys.DUP2, fd, record.fd), (Sys.CLOSE, fd)])
             fd = record.fd
-        file = shadow.files[record.fd] = OpenFile(path, fd, 0)
+        file = shadow.files[record.fd] = OpenFile(record.file.text, flags, fd, 0)
         return file
+
+    async def _open_at(self, shadow: Mirrored, path: bytes, flags: int) -> int:
+        if not path:
+            return -errno.ENOENT
+        wish = (Sys.OPENAT, AT_FDCWD, path, flags | os.O_NOCTTY, 0)
+        return (await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, [wish])))[0]
+
+    @staticmethod
+    def _is_free(shadow: Mirrored, fd: int) -> bool:
+        taken = {*shadow.descriptors.values(), *(file.fd for file in shadow.files.values())}
+        return 0 <= fd < WINDOW_FD and fd not in taken
+
+    async def _duplicate(self, shadow: Mirrored, record: Transfer, file: OpenFile) -> None:
+        """dup(2) and the like: what number the host gives is seen when it is used, but for dup2(2)."""
+        words = [word or 0 for word in record.arguments]
+        if record.number not in _TO_A_NUMBER:
+            [fd] = await self._pump.call(shadow.task, [(record.number, file.fd, *words)])
+            await self._pump.call(shadow.task, [(Sys.CLOSE, fd)])
+            return
+        new = words[0]
+        old = shadow.files.pop(new, None)
+        if old is not None and old.fd != new:
+            await self._pump.call(shadow.task, [(Sys.CLOSE, old.fd)])
+        if (old is not None and old.fd == new) or self._is_free(shadow, new):
+            [fd] = await self._pump.call(shadow.task, [(record.number, file.fd, *words)])
+            if fd >= 0:
+                shadow.files[new] = file._replace(fd=new)
 
     async def _transfer(self, shadow: Mirrored, record: Transfer, file: OpenFile) -> None:
         size = min(record.arguments[1] or 0, ANSWER_SIZE) if len(record.arguments) > 1 else 0
@@ -77,6 +124,10 @@ class Transfers:
         if has_buffer and len(words) > 1:
             words[1] = size
         calls = [(record.number, file.fd, *words)]
+        if is_stream(record.file):
+            ending = self._streams.ending(record.file, reads=record.number == NUMBER["read"])
+            await self._processes.blocking.begin(shadow, calls, ending)
+            return
         if file.path and file.position != record.position and record.number in _MOVES:
             calls.insert(0, (Sys.LSEEK, file.fd, record.position, os.SEEK_SET))
         results = await self._pump.call(shadow.task, calls)

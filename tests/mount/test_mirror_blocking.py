@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.mount.conftest import Run
-from tests.mount.mirrored import SEEN, SETUP, SHOW, hits
+from tests.mount.mirrored import GUEST, SEEN, SETUP, SHOW, hits
+from tests.mounted import FAKEFS
 
 
 def test_waiting_for_a_child(mirrored: Run) -> None:
@@ -38,3 +39,86 @@ def test_waiting_for_a_child(mirrored: Run) -> None:
     ]
     assert [each[:2] for each in order[:2]] == [("sched_process_exit", child), ("sys_exit_wait4", waiting)]
     assert order[1][2] == hex(child)
+
+
+def test_pipes(mirrored: Run) -> None:
+    """A reader waits for the writer, gets as much as that writes, and finds the end when it has gone."""
+    done = mirrored(
+        SETUP
+        + SEEN
+        + """
+        for event in sys_enter_read sys_exit_read; do echo 'comm == "cat"' > events/syscalls/$event/filter; done
+        on syscalls/sys_enter_read syscalls/sys_exit_read syscalls/sys_enter_pipe2
+        { until seen 'cat-' 'sys_read(fd: 0,'; do :; done; echo hello; } | cat
+        mkfifo "$OLDPWD/fifo"
+        cat "$OLDPWD/fifo" &
+        { until seen 'cat-' 'sys_read(fd: 3,'; do :; done; echo through; } > "$OLDPWD/fifo"
+        wait
+        """
+        + SHOW,
+        "all",
+    )
+    assert done.stdout.splitlines()[:2] == ["hello", "through"]
+    seen = hits(done)
+    read = [int(hit.text.split()[-1], 16) for hit in seen if hit.event == "sys_exit_read"]  # the loader reads, too
+    assert read[read.index(6) :][:2] == [6, 0]
+    assert read[-2:] == [8, 0]
+    assert [hit.task for hit in seen if hit.event == "sys_enter_pipe2"][:1] == ["bash"]
+
+
+def test_a_terminal(mirrored: Run) -> None:
+    program = """
+import os, pty
+child, terminal = pty.fork()
+if child == 0:
+    os.execvp("head", ["head", "-n", "1"])
+while "typed:" not in open("trace").read():
+    pass
+os.write(terminal, b"line\\n")
+os.waitpid(child, 0)
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:typed n_tty_read' > kprobe_events
+        echo 'r:got n_tty_read length=$retval:s64' >> kprobe_events
+        on kprobes
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "all",
+    )
+    seen = hits(done)
+    assert [(hit.task, hit.event) for hit in seen] == [("head", "typed"), ("head", "got")]
+    assert seen[1].fields["length"] == 1
+
+
+def test_descriptors(mirrored: Run) -> None:
+    """They have the host's numbers where these are known, and those that a program does not inherit are closed."""
+    program = """
+import fcntl, os
+kept, closed = os.open("kept", os.O_WRONLY | os.O_CREAT), os.open("closed", os.O_WRONLY | os.O_CREAT)
+for fd in kept, closed:
+    os.write(fd, b"text")
+os.dup2(kept, 40)
+os.write(40, b"more")
+os.dup(kept)
+fcntl.fcntl(kept, fcntl.F_DUPFD, 50)
+os.execvp("sleep", ["sleep", "1000"])
+"""
+    done = mirrored(
+        SETUP
+        + GUEST
+        + f"""
+        cd "$OLDPWD"
+        {FAKEFS[0]} -c '{program}' & sleep=$!
+        until [ "$(cat /proc/$sleep/comm)" = sleep ]; do :; done
+        guest ls -l /proc/$sleep/fd
+        kill -KILL $sleep
+        """,
+        "all",
+    )
+    links = [line.split(" ")[-3::2] for line in done.stdout.splitlines() if "->" in line]
+    names = [(int(number), name.rpartition("/")[2]) for number, name in links]
+    assert (40, "kept") in names
+    assert "closed" not in [name for _, name in names]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
     Birth,
+    Credentials,
+    Descriptors,
     Entry,
     Exit,
     Files,
@@ -22,8 +24,10 @@ from fakefs.mirror.records import (
     Plain,
     Program,
     Record,
+    Signal,
     Sleep,
     Transfer,
+    Wait,
     decode,
     encode,
 )
@@ -129,7 +133,11 @@ _RECORD = st.one_of(
     st.builds(Sleep, _INT, st.none() | _INT, _INT),
     st.builds(Plain, _INT, _INT, st.lists(_INT, max_size=3)),
     st.builds(Files, _INT, _INT, st.lists(st.none() | _INT, max_size=6), st.lists(_PATH, max_size=2), _TEXT),
-    st.builds(Transfer, _INT, _INT, _INT, _PATH, _INT, st.lists(st.none() | _INT, max_size=3), _TEXT),
+    st.builds(Transfer, _INT, _INT, _INT, _PATH, _INT, _INT, st.lists(st.none() | _INT, max_size=3), _TEXT),
+    st.builds(Wait, _INT, _INT, st.lists(st.none() | _INT, max_size=5)),
+    st.builds(Descriptors, _INT, st.lists(_INT, max_size=5)),
+    st.builds(Signal, _INT, _INT, st.lists(_INT, max_size=3), st.lists(_INT), st.lists(_INT)),
+    st.builds(Credentials, _INT, _INT, st.none() | st.lists(_INT, max_size=5), st.booleans()),
 )
 
 

@@ -1,0 +1,48 @@
+"""What /proc says of open files, held against files of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakefs.mirror.calls import BY_NUMBER, NUMBER
+from fakefs.mirror.hostpaths import HostPaths
+from fakefs.mirror.openfiles import descriptors, parse_info, used
+from fakefs.mirror.records import Transfer
+from fakefs.mirror.seccomp import Notification
+
+
+def _used(fd: int, paths: HostPaths, name: str = "read") -> Transfer:
+    call = BY_NUMBER[NUMBER[name]]
+    return used(Notification(1, os.getpid(), call.number, (fd, 0, 10, 0, 0, 0)), call, paths)
+
+
+def test_each_kind(tmp_path: Path) -> None:
+    root = os.open("/", os.O_PATH)
+    paths = HostPaths(root, 0)
+    file, fifo = tmp_path / "file", tmp_path / "fifo"
+    file.write_text("text")
+    os.mkfifo(fifo)
+    opened = [os.open(path, os.O_RDWR) for path in (file, fifo, "/dev/null")] + [*os.pipe()]
+    os.lseek(opened[0], 3, os.SEEK_SET)
+    records = [_used(fd, paths) for fd in opened]
+    assert [record.file.text for record in records[:3]] == [str(file), str(fifo), ""]
+    assert records[0].position == 3
+    assert records[3].file.text == records[4].file.text
+    assert records[3].file.text.startswith("pipe:[")
+    assert [record.flags & os.O_ACCMODE for record in records[3:]] == [os.O_RDONLY, os.O_WRONLY]
+    assert {*opened, root} <= set(descriptors(os.getpid()))
+    for fd in (*opened, root):
+        os.close(fd)
+    assert not set(opened) & set(descriptors(os.getpid()))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(text: bytes) -> None:
+    for each in (text, b"pos:\t0\nflags:\t0100002\n" + text):
+        with contextlib.suppress(ValueError):
+            parse_info(each)
