@@ -48,8 +48,8 @@ class FileCalls:
         before = [path.entry for path in record.paths if path.entries]
         for path in record.paths:
             await self._paths.make(path.entries, writes=writes)
-        calls, main = self._calls(shadow, record)
         async with shadow.lock:
+            calls, main = self._calls(shadow, record)  # here: a file of the mount may be closed until now
             results = await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, calls))
         if record.cwd:
             shadow.cwd = record.cwd
@@ -64,11 +64,11 @@ class FileCalls:
         await self._processes.settle(shadow)
         await self._paths.make([*looks.above, *looks.seen.values()], writes=False)
         looks.above.clear()
-        calls: list[Wish] = []
-        for record in looks.records:
-            calls += self._calls(shadow, record)[0]
-            shadow.cwd = record.cwd or shadow.cwd
         async with shadow.lock:
+            calls: list[Wish] = []
+            for record in looks.records:
+                calls += self._calls(shadow, record)[0]
+                shadow.cwd = record.cwd or shadow.cwd
             for part in batches(calls):
                 await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
 
