@@ -119,7 +119,7 @@ lint: setup ## ruff, mypy --strict, and shellcheck if it is installed
 
 clients: setup kernel ## real clients in the view of `fakefs run`; installs their Debian packages
 	@status=0
-	for client in trace-cmd libtracefs perf-tools perf kernelshark; do tests/clients/$$client.sh || status=1; done
+	for client in container trace-cmd libtracefs perf-tools perf kernelshark; do tests/clients/$$client.sh || status=1; done
 	exit $$status
 
 ftracetest: setup ## the kernel's own tests in it; writes tests/clients/ftracetest.tsv

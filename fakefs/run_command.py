@@ -11,12 +11,14 @@ What the view shows is `fakefs.view`; how namespaces are made, `fakefs.namespace
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 from emulator.errors import EmulatorError
@@ -374,9 +376,17 @@ def _execute(argv: list[str], directory: str, launch: Launch | None) -> int:
         if launch is not None:
             _enter(launch)
         os.execvp(argv[0], argv)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         _tell(2, f"fakefs: {argv[0]}: not found\n")
         return NOT_FOUND
     except OSError as error:
+        script = which(argv[0])
+        if error.errno == errno.ENOEXEC and script and _is_text(script):
+            os.execv("/bin/sh", ["sh", script, *argv[1:]])  # as execvp(3) does
         _tell(2, f"fakefs: {argv[0]}: {error.strerror}\n")
         return CANNOT_EXECUTE
+
+
+def _is_text(path: str) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(4096)

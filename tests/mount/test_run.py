@@ -9,6 +9,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -97,6 +98,25 @@ def test_remount(run: Run) -> None:
     assert done.stdout.split() == ["755", "755", "711", "600", "32", "32"]
 
 
+def test_polling(run: Run) -> None:
+    """poll(2) on what is consumed: nothing, until another process writes."""
+    done = run(f"""{sys.executable} -I -c '
+import os, select
+os.chdir("/sys/kernel/tracing")
+open("buffer_percent", "w").write("0")
+for name in "trace_pipe", "per_cpu/cpu0/trace_pipe_raw":
+    fd, poller = os.open(name, os.O_RDONLY | os.O_NONBLOCK), select.poll()
+    poller.register(fd, select.POLLIN)
+    before = poller.poll(0)
+    if os.fork() == 0:
+        open("trace_marker", "w").write("arrived")
+        os._exit(0)
+    print(before, [events for _, events in poller.poll({1000 * PATIENCE})], b"arrived" in os.read(fd, 1 << 16))
+    os.wait()
+'""")
+    assert (done.stderr, done.stdout) == ("", "[] [1] True\n" * 2)
+
+
 def test_the_machine_is_the_guests(run: Run, kernel_path: Path) -> None:
     done = run("""
         uname -r; uname -v; uname -a; nproc; nproc --all; getconf _NPROCESSORS_ONLN
@@ -168,7 +188,10 @@ def test_nothing_is_left_when_killed(environment: dict[str, str]) -> None:
 
 
 def test_daemon_killed(environment: dict[str, str]) -> None:
-    script = "echo ready; read line; cat /sys/kernel/tracing/tracing_on; echo status $?"
+    script = """
+        cd /sys/kernel/tracing; cat trace_pipe & echo ready; read line
+        wait $!; echo reader $?; cat tracing_on; echo status $?
+    """
     with Popen[str](
         [*FAKEFS, "run", "--", "bash", "-c", script],
         env=environment,
@@ -184,7 +207,7 @@ def test_daemon_killed(environment: dict[str, str]) -> None:
         os.kill(daemon, signal.SIGKILL)
         until(lambda: not running(daemon), PATIENCE, "the daemon's end")
         out, err = process.communicate("\n", timeout=PATIENCE)
-    assert (out, process.returncode) == ("status 1\n", 125)
+    assert (out, process.returncode) == ("reader 1\nstatus 1\n", 125)
     assert err.splitlines()[-1] == "fakefs: the guest's daemon was killed while the program ran"
 
 
