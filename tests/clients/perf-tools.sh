@@ -15,6 +15,8 @@ snoop "opensnoop: what a command reads" '^head +[0-9]+ +\w+ /etc/passwd' 'head /
 snoop "killsnoop" '^bash +([0-9]+) +\1 +18 +0' "bash -c 'kill -CONT \$\$'" killsnoop-perf
 snoop "tpoint: what a shell executes" 'sched_process_exec: filename=/usr/bin/head' 'head </dev/null' \
 	tpoint-perf sched:sched_process_exec
+snoop "uprobe: what a shell echoes" 'bash-[0-9]+ .* echo_builtin: \(0x[0-9a-f]+\) arg1="words"' \
+	"bash -c 'echo words' >/dev/null" uprobe-perf "'p:bash:echo_builtin +0(+0(+8(%di))):string'"
 activity
 hit='cat-[0-9]+ +\[000\].*myopen: \(vfs_open\+0x[0-9a-f]+/0x[0-9a-f]+\)'
 expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_open'

@@ -6,6 +6,7 @@ set -euo pipefail
 # shellcheck disable=SC1091 # it is checked by itself
 . "$(dirname "$0")/lib.sh"
 need trace-cmd
+need binutils
 enter "$@"
 cd "$(mktemp -d)"
 trap 'rm -r "$PWD"' EXIT
@@ -58,4 +59,8 @@ trace-cmd reset
 expect "function tracer" 'function: +vfs_open' sh -c \
 	"trace-cmd record -p function -l vfs_open cat $tracing/tracing_on >/dev/null && trace-cmd report"
 trace-cmd reset
+echo "p:echoes /usr/bin/bash:0x$(nm -D /usr/bin/bash | awk '$3 == "echo_builtin" { print $1 }') word=+0(+0(+8(%di))):string" \
+	>>"$tracing"/uprobe_events
+expect "uprobe in a program of the host" 'bash-[0-9]+ .*echoes: +\([0-9a-f]+\) word="words"' sh -c \
+	"trace-cmd record -e uprobes:echoes bash -c 'echo words' >/dev/null && trace-cmd report"
 exit "$failed"

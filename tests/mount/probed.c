@@ -85,6 +85,24 @@ static void nonsense(void)
 				printf("the call returned\n");
 }
 
+/* As if it were a trampoline that has saved any registers. */
+static void hostile(void)
+{
+	static unsigned long saved[128];
+	unsigned long places[] = { (unsigned long)adds, (unsigned long)deep, (unsigned long)hostile };
+
+	srandom(1);
+	for (unsigned long round = 0; round < 60; round++) {
+		for (unsigned i = 0; i < 128; i++)
+			saved[i] = (unsigned long)random() << (random() % 33);
+		if (round % 3 == 0)
+			memset(saved, 0xff, sizeof(saved));
+		syscall(0x0FA4EF5, round % 4, saved, places[round % 3] + (round % 7 == 6));
+		syscall(0x0FA4EF5, round % 4, (char *)saved - 256 + round % 5, places[round / 3 % 3]);
+	}
+	printf("deep %ld\n", deep(3));
+}
+
 int main(int argc, char **argv)
 {
 	int status = 0;
@@ -95,6 +113,10 @@ int main(int argc, char **argv)
 
 	if (argc > 1 && !strcmp(argv[1], "wait"))
 		return waits(atoi(argv[2]));
+	if (argc > 1 && !strcmp(argv[1], "hostile")) {
+		hostile();
+		return 0;
+	}
 	for (int i = 1; i < 4; i++) {
 		int pid = forks(i);
 		if (pid <= 0)

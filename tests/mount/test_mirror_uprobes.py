@@ -269,3 +269,18 @@ def test_a_program_that_is_built_anew(run: Run, greet: Program, tmp_path: Path) 
     assert (done.stderr, done.returncode) == ("", 0)
     seen = hits_of(done)
     assert (texts(seen, "greet"), texts(seen, "again")) == (["times=1"], ["times=3"])
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_nonsense_from_a_program_is_its_own(run: Run, probed: Program) -> None:
+    """It can have its shadow hit, with any registers; that works on, and nobody else is touched."""
+    done = run(
+        SETUP
+        + on_all(probed, "adds", "deep")
+        + f"{probed.path} hostile >&2; echo > trace; {probed.path} hostile >&2"
+        + SHOW
+    )
+    assert done.stderr == "deep 6\n" * 2
+    seen = hits_of(done)
+    assert [hit.text.split()[-1] for hit in seen if hit.event == "deep"][-4:] == [f"a={n:#x}" for n in (3, 2, 1, 0)]
+    assert [hit.text.split()[-1] for hit in seen if hit.event == "r_deep"][-4:] == [f"r={n:#x}" for n in (0, 1, 3, 6)]
