@@ -1,4 +1,4 @@
-"""Build a loadable module from one C file, with the host's compiler and the kernel's headers: no kbuild.
+"""Build a loadable module from C files, with the host's compiler and the kernel's headers: no kbuild.
 
 What kbuild's modpost would add is little, and written here: the module's descriptor, its `vermagic`, the checksums of
 the symbols it uses. What objtool would add is left out: mitigations are off in the guest, so that no call
@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fakefs import kernels
@@ -59,21 +59,23 @@ static const struct modversion_info versions[] __used __section("__versions") = 
 """
 
 
-def build(source: Path, release: str, progress: Progress = kernels.say) -> Path:
-    """Return the module built from a C file for a kernel release: from the cache if nothing has changed.
+def build(source: Path, release: str, progress: Progress = kernels.say, *, more: Sequence[Path] = ()) -> Path:
+    """Return the module built from a C file, and `more` of them, for a kernel release: from the cache if it is there.
 
-    Headers beside the file are found by `#include "..."`. Raises UserError, with the compiler's first error.
+    It has the name of the first. Headers beside a file are found by `#include "..."`. Raises UserError, with the
+    compiler's first error.
     """
-    name = source.stem
-    if source.suffix != ".c" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,54}", name):
-        raise UserError(f"{source}: not a C file whose name can be a module's", exit_status=2)
+    name, sources = source.stem, [source, *more]
+    for each in sources:
+        if each.suffix != ".c" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,54}", each.stem):
+            raise UserError(f"{each}: not a C file whose name can be a module's", exit_status=2)
     against = headers.find(release, progress)
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    place = kernels.cache_dir() / "modules" / release / _key(source, against, compiler) / f"{name}.ko"
+    place = kernels.cache_dir() / "modules" / release / _key(sources, against, compiler) / f"{name}.ko"
     if place.exists():
         return place
     with tempfile.TemporaryDirectory(prefix="fakefs-module-") as scratch:
-        built = _Build(against, compiler, name, source.parent.absolute(), Path(scratch)).run(source)
+        built = _Build(against, compiler, name, Path(scratch)).run(sources)
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_name(f".{os.getpid()}.ko")
         shutil.copyfile(built, unfinished)
@@ -81,36 +83,37 @@ def build(source: Path, release: str, progress: Progress = kernels.say) -> Path:
     return place
 
 
-def _key(source: Path, against: Headers, compiler: list[str]) -> str:
-    """A name for what comes of a C file and the headers beside it."""
+def _key(sources: Sequence[Path], against: Headers, compiler: list[str]) -> str:
+    """A name for what comes of C files and the headers beside them."""
     key = hashlib.blake2b(digest_size=12)
     version = _run([*compiler, "--version"], "no C compiler").splitlines()[:1]
     stamp = against.symvers.stat().st_mtime_ns
     key.update(repr((_FLAGS, _OWN_CONFIGURATION, _DESCRIPTOR, version, str(against.flavour), stamp)).encode())
     try:
-        for path in [source, *sorted(source.parent.glob("*.h"))]:
-            key.update(b"%s\0%s" % (path.name.encode(), hashlib.blake2b(path.read_bytes()).digest()))
+        for source in sources:
+            for path in [source, *sorted(source.parent.glob("*.h"))]:
+                key.update(b"%s\0%s" % (path.name.encode(), hashlib.blake2b(path.read_bytes()).digest()))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}", exit_status=2) from None
     return key.hexdigest()
 
 
 class _Build:
-    def __init__(self, against: Headers, compiler: list[str], name: str, beside: Path, scratch: Path) -> None:
+    def __init__(self, against: Headers, compiler: list[str], name: str, scratch: Path) -> None:
         self._against = against
         self._compiler = compiler
         self._name = name
-        self._beside = beside
         self._scratch = scratch
 
-    def run(self, source: Path) -> Path:
+    def run(self, sources: Sequence[Path]) -> Path:
         """Return the module, in the scratch directory."""
+        source = sources[0]
         (self._scratch / "own.h").write_text(_OWN_CONFIGURATION)
-        code = self._compile(source, self._scratch / "code.o")
-        defined, used = self._symbols(code)
+        parts = [self._compile(each, self._scratch / f"code{number}.o") for number, each in enumerate(sources)]
+        defined, used = self._symbols(parts)
         descriptor = self._scratch / "descriptor.c"
         descriptor.write_text(self._descriptor(source, defined, used))
-        parts = [code, self._compile(descriptor, self._scratch / "descriptor.o")]
+        parts.append(self._compile(descriptor, self._scratch / "descriptor.o"))
         module = self._scratch / "module.ko"
         script = ["-T", str(self._against.linker_script)]
         _run(["ld", "-m", "elf_x86_64", "-r", "--build-id=sha1", *script, "-o", str(module), *map(str, parts)], source)
@@ -120,12 +123,12 @@ class _Build:
         common = self._against.common / "include/linux"
         # Where the kernel has them, functions begin with ENDBR, as its own do.
         branches = "branch" if self._against.configured("X86_KERNEL_IBT") else "none"
-        name = self._name.replace("-", "_")
+        name, file = (text.replace("-", "_") for text in (self._name, source.stem))
         command = [
             *(*self._compiler, *_FLAGS, f"-fcf-protection={branches}", "-fno-jump-tables"),
             *(f"-I{directory}" for directory in self._against.include),
-            f"-I{self._beside}",
-            *(f"-D{macro}" for macro in (f'KBUILD_MODNAME="{name}"', f'KBUILD_BASENAME="{name}"')),
+            f"-I{source.parent.absolute()}",
+            *(f"-D{macro}" for macro in (f'KBUILD_MODNAME="{name}"', f'KBUILD_BASENAME="{file}"')),
             *(f"-D{macro}" for macro in (f'KBUILD_MODFILE="{name}"', f"__KBUILD_MODNAME=kmod_{name}")),
         ]
         for header in (common / "kconfig.h", self._scratch / "own.h", common / "compiler_types.h"):
@@ -133,14 +136,15 @@ class _Build:
         _run([*command, "-c", str(source), "-o", str(output)], source)
         return output
 
-    def _symbols(self, code: Path) -> tuple[set[str], set[str]]:
-        """Global symbols that an object file has, and those it wants."""
+    def _symbols(self, parts: Sequence[Path]) -> tuple[set[str], set[str]]:
+        """Global symbols that object files have, and those they want from elsewhere."""
         defined: set[str] = set()
         used: set[str] = set()
-        for line in _run(["nm", "-g", str(code)], code).splitlines():
-            kind, name = line.split()[-2:]
-            (used if kind == "U" else defined).add(name)
-        return defined, used - {"__this_module"}
+        for part in parts:
+            for line in _run(["nm", "-g", str(part)], part).splitlines():
+                kind, name = line.split()[-2:]
+                (used if kind == "U" else defined).add(name)
+        return defined, used - defined - {"__this_module"}
 
     def _descriptor(self, source: Path, defined: set[str], used: set[str]) -> str:
         """What modpost writes: the C text of the module's descriptor."""

@@ -52,10 +52,12 @@ def add_parsers(commands: Commands) -> None:
     build = add_command(
         actions,
         "build",
-        "build a module from one C file, and print where it is",
-        'fakefs module build hello.c\nfakefs insmod "$(fakefs module build hello.c)"',
+        "build a module from C files, and print where it is",
+        "fakefs module build hello.c\n"
+        'fakefs insmod "$(fakefs module build driver.c driver_events.c)"',
     )
-    build.add_argument("source", metavar="FILE.c", type=Path, help="the C file")
+    build.add_argument("source", metavar="FILE.c", type=Path, help="the C file that gives the module its name")
+    build.add_argument("more", metavar="MORE.c", type=Path, nargs="*", help="further ones of the same module")
     build.add_argument("-o", dest="output", metavar="FILE.ko", type=Path, help="where to write it")
     build.set_defaults(run=_build)
     samples = add_command(
@@ -119,7 +121,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     from fakefs.modules.build import build
 
-    module = build(arguments.source, _release(arguments.kernel))
+    module = build(arguments.source, _release(arguments.kernel), more=arguments.more)
     if arguments.output:
         module = Path(copyfile(module, arguments.output))
     print(module)

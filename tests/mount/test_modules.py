@@ -54,6 +54,27 @@ TRACE_EVENT(clock_struck, TP_PROTO(int hour), TP_ARGS(hour),
 #define TRACE_INCLUDE_FILE clock-event
 #include <trace/define_trace.h>
 """
+PARTS = {
+    "first.c": """
+#include <linux/module.h>
+#include "both.h"
+static int here = 1;
+module_param(here, int, 0444);
+static int __init first_init(void) { return second(41) == 42 ? 0 : -EDOM; }
+static void __exit first_exit(void) { }
+module_init(first_init);
+module_exit(first_exit);
+MODULE_LICENSE("GPL");
+""",
+    "second.c": """
+#include <linux/module.h>
+#include "both.h"
+static int here = 1;
+module_param_named(there, here, int, 0444);
+noinline int second(int n) { return n + here; }
+""",
+    "both.h": "int second(int n);\n",
+}
 CRASH = """
 #include <linux/module.h>
 static int __init crash_init(void) { *(volatile int *)8 = 1; return 0; }
@@ -179,6 +200,21 @@ def test_a_module_is_built_once(clock: Path, release: str) -> None:
     clock.with_name("clock-event.h").write_text(EVENT + "\n")
     assert build.build(clock, release) != first
     assert [path.name for path in first.parent.iterdir()] == ["clock.ko"]
+
+
+def test_a_module_of_two_files(tracefs: Tracefs, release: str, fakefs: Command, tmp_path: Path) -> None:
+    for name, text in PARTS.items():
+        (tmp_path / name).write_text(text)
+    first, second = tmp_path / "first.c", tmp_path / "second.c"
+    assert f"Linux {release} exports no second to modules" in fakefs("insmod", first, tracefs.path).stdout
+    built = build.build(first, release, more=[second])
+    assert built == build.build(first, release, more=[second])
+    assert fakefs("insmod", built, tracefs.path).stdout == ""
+    assert tracefs.guest("ls /sys/module/first/parameters").stdout == "here\nthere\n"
+    assert "second [first]" in tracefs.read("available_filter_functions")
+    second.write_text(PARTS["second.c"] + "int x = ;\n")
+    with pytest.raises(UserError, match=r"second\.c:7:9: error: "):
+        build.build(first, release, more=[second])
 
 
 def test_in_the_view_of_run(clock: Path, environment: dict[str, str], kernel_path: Path) -> None:
