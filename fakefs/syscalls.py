@@ -24,8 +24,10 @@ class Sys(IntEnum):
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
     IOCTL = 16
+    DUP = 32
     DUP2 = 33
     NANOSLEEP = 35
+    SOCKET = 41
     EXECVE = 59
     EXIT = 60
     WAIT4 = 61

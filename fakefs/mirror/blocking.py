@@ -7,6 +7,7 @@ has returned there: what still blocks then is interrupted by a signal.
 
 from __future__ import annotations
 
+import errno
 import signal
 import struct
 import time
@@ -33,18 +34,21 @@ _TIMESPEC = struct.Struct("<qq")
 
 
 Ending = Callable[[], Awaitable[None]]
+Returned = Callable[[list[int]], None]
 
 
 class Blocked(NamedTuple):
     """A call that was begun. `until`: the host's monotonic time at which it should be over, if it is a sleep.
 
-    `ending` does in the guest what has ended the call on the host, as far as that can be said.
+    `ending` does in the guest what has ended the call on the host, as far as that can be said. `returned` is told of
+    the results.
     """
 
     request: Request
     calls: Sequence[Call]
     until: float | None
     ending: Ending | None = None
+    returned: Returned | None = None
 
 
 class Blocking:
@@ -56,13 +60,20 @@ class Blocking:
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._woken: set[int] = set()  # those of them that go on for a call they had begun before
 
-    async def begin(self, shadow: Mirrored, calls: Sequence[Call], ending: Ending | None = None) -> Request:
+    async def begin(
+        self,
+        shadow: Mirrored,
+        calls: Sequence[Call],
+        ending: Ending | None = None,
+        returned: Returned | None = None,
+    ) -> None:
         """Begin calls, and return when they are done or blocked. The caller holds the shadow's lock."""
         request = self._pump.begin(shadow.task, calls)
         await self._rest(request)
         if not request.done:
-            shadow.blocked = Blocked(request, calls, None, ending)
-        return request
+            shadow.blocked = Blocked(request, calls, None, ending, returned)
+        elif returned is not None:
+            returned(request.results)
 
     def sleep(self, shadow: Mirrored, clock: int | None, duration: int) -> None:
         """Begin a sleep of some ns, on a clock or (None) by nanosleep(2). The caller holds the shadow's lock."""
@@ -98,13 +109,16 @@ class Blocking:
         """Have a shadow return from the call it is in, now."""
         await self._wake(shadow.tgid)
         blocked, shadow.blocked = shadow.blocked, None
-        if blocked is None or blocked.request.done:
+        if blocked is None:
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._shadows.keep_interrupting, shadow)
-            with suppress(OSError):  # the guest is dead
-                await self._pump.finish(blocked.request)
-            nursery.cancel_scope.cancel()
+        if not blocked.request.done:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._shadows.keep_interrupting, shadow)
+                with suppress(OSError):  # the guest is dead
+                    await self._pump.finish(blocked.request)
+                nursery.cancel_scope.cancel()
+        if blocked.returned is not None and blocked.request.done:
+            blocked.returned(blocked.request.results)
 
     @asynccontextmanager
     async def aside(self, shadow: Mirrored, *, sleeps: bool = True) -> AsyncIterator[None]:
@@ -113,18 +127,17 @@ class Blocking:
         `sleeps`: a sleep too. The caller does not hold the shadow's lock.
         """
         blocked = shadow.blocked
-        was_done = blocked is None or blocked.request.done
         await self.interrupt(shadow)
         try:
             yield
         finally:
-            if blocked is not None and not was_done and not shadow.task.dead:
+            if blocked is not None and blocked.request.results[-1:] == [-errno.EINTR] and not shadow.task.dead:
                 async with shadow.lock:
                     await self._again(shadow, blocked, sleeps=sleeps)
 
     async def _again(self, shadow: Mirrored, blocked: Blocked, *, sleeps: bool) -> None:
         if blocked.until is None:
-            await self.begin(shadow, blocked.calls, blocked.ending)
+            await self.begin(shadow, blocked.calls, blocked.ending, blocked.returned)
         elif sleeps and (left := blocked.until - time.monotonic()) > 0:
             [(number, clock, *_)] = blocked.calls
             self.sleep(shadow, clock if number == Sys.CLOCK_NANOSLEEP else None, int(left * 1e9))

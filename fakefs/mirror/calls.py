@@ -28,6 +28,7 @@ class Call(NamedTuple):
     P path, followed if it is a symbolic link; L path, not followed; D descriptor of the directory that the path
     behind it is relative to; F descriptor of an open file; T text; H address of a struct open_how; i number;
     O descriptor that the guest has a file of its own for; B address of data to write; b of room for an answer;
+    S of a socket address; s size of what is before; n of room that the guest's call is not given;
     U user, G group, A address of an array of groups.
 
     A call without `arguments` is one that `recorder` knows by name. `only` tells which calls of it are notified.
@@ -115,6 +116,16 @@ TABLE = (
     Call(439, "faccessat2", _A, "DPii"),
     Call(89, "readlink", _A, "Lbi"),
     Call(267, "readlinkat", _A, "DLbi"),
+    # sockets
+    Call(41, "socket", _A),
+    Call(42, "connect", _A, "OSs"),
+    Call(49, "bind", _A, "OSs"),
+    Call(50, "listen", _A, "Oi"),
+    Call(43, "accept", _A, "Onn"),
+    Call(288, "accept4", _A, "Onni"),
+    Call(44, "sendto", _A, "OBsiSs"),
+    Call(45, "recvfrom", _A, "Obsinn"),
+    Call(48, "shutdown", _A, "Oi"),
     # open files
     Call(0, "read", _A, "Obi"),
     Call(1, "write", _A, "OBi"),

@@ -44,6 +44,7 @@ from fakefs.mirror.records import (
 )
 from fakefs.mirror.transfers import Transfers
 from fakefs.shadow import HostThread, Shadow, Shadows
+from fakefs.syscalls import Sys
 
 _PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine
 _QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder behind that
@@ -161,6 +162,8 @@ class Mirror:
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)
                     await self._shadows.rename(shadow, comm.encode("utf-8", "surrogateescape"))
+            case Plain(number=Sys.SOCKET):
+                await self._transfers.create_socket(record)
             case Plain(tid, number, arguments):
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)

@@ -11,6 +11,7 @@ import stat
 from typing import NamedTuple
 
 from fakefs.mirror.calls import Call
+from fakefs.mirror.endpoints import ADDRESS_MAX, Endpoints, address_in_guest
 from fakefs.mirror.hostpaths import HostPaths
 from fakefs.mirror.records import PathArgument, Transfer
 from fakefs.mirror.seccomp import Notification, read_memory
@@ -30,22 +31,29 @@ class Info(NamedTuple):
     flags: int
 
 
-def used(notification: Notification, call: Call, paths: HostPaths) -> Transfer:
+def used(notification: Notification, call: Call, pid: int, paths: HostPaths, endpoints: Endpoints) -> Transfer:
     """Return the record of a call on an open file.
 
-    Raises OSError and ValueError when there is none, and NotMirrored.
+    `pid` is the process of the thread. Raises OSError and ValueError when there is none, and NotMirrored.
     """
     tid, fd = notification.tid, notification.arguments[0] & 0x7FFFFFFF
     with open(f"/proc/{tid}/fdinfo/{fd}", "rb") as file:
         info = parse_info(file.read(_INFO_MAX))
-    what = _named(os.readlink(f"/proc/{tid}/fd/{fd}"), paths)
+    link = os.readlink(f"/proc/{tid}/fd/{fd}")
+    is_socket = link.startswith("socket:[")
+    what = PathArgument(endpoints.named(pid, fd, link), []) if is_socket else _named(link, paths)
     arguments: list[int | None] = []
-    data = b""
+    data = address = b""
     for letter, value in zip(call.arguments[1:], notification.arguments[1:], strict=False):
         arguments.append(None if letter in "Bb" else value & (1 << 63) - 1)
         if letter == "B":
             data = read_memory(tid, value, min(notification.arguments[2], DATA_MAX))
-    return Transfer(tid, call.number, fd, what, *info, arguments, data.decode("latin-1"))
+        elif letter == "S" and value:
+            size = notification.arguments[len(arguments) + 1] & 0xFFFFFFFF
+            address = read_memory(tid, value, min(size, ADDRESS_MAX))
+            address, directory = address_in_guest(address, os.readlink(f"/proc/{tid}/cwd"), paths)
+            what = what._replace(entries=[] if directory is None else directory.entries)
+    return Transfer(tid, call.number, fd, what, *info, arguments, data.decode("latin-1"), address.decode("latin-1"))
 
 
 def _named(link: str, paths: HostPaths) -> PathArgument:

@@ -50,6 +50,14 @@ class OpenFile(NamedTuple):
         return self.path == record.file.text and not (self.flags ^ record.flags) & os.O_ACCMODE
 
 
+class Unclaimed(NamedTuple):
+    """A socket that the guest has opened for one of the host's which has not been seen yet."""
+
+    domain: int
+    kind: int
+    fd: int
+
+
 class Probed:
     """What the probes of a process need in the guest; its threads share it.
 
@@ -78,7 +86,19 @@ class Mirrored(Shadow):
     that will have ended it, if nothing else is known of its end.
     """
 
-    __slots__ = ("blocked", "cwd", "doomed", "ended", "files", "parent", "probed", "status", "tgid", "umask")
+    __slots__ = (
+        "blocked",
+        "cwd",
+        "doomed",
+        "ended",
+        "files",
+        "parent",
+        "probed",
+        "status",
+        "tgid",
+        "umask",
+        "unclaimed",
+    )
     apart = True
     root = OTHER_ROOT
 
@@ -88,6 +108,7 @@ class Mirrored(Shadow):
         self.parent = birth.parent
         self.umask = birth.umask
         self.files: dict[int, OpenFile] = {}
+        self.unclaimed: list[Unclaimed] = []
         self.probed = Probed()
         self.cwd = "/"
         self.ended = False  # its process has, on the host, without telling
@@ -99,6 +120,7 @@ class Mirrored(Shadow):
     def next_descriptors(self) -> tuple[int, int]:
         """The numbers that the next files it opens will have: the lowest that are free."""
         taken = {WINDOW_FD, *self.descriptors.values(), *(file.fd for file in self.files.values())}
+        taken.update(each.fd for each in self.unclaimed)
         free = (fd for fd in count() if fd not in taken)
         return next(free), next(free)
 
@@ -193,6 +215,7 @@ class Processes:
         shadow.cwd = parent.cwd
         shadow.privileged = parent.privileged
         shadow.files = parent.files if shares else dict(parent.files)
+        shadow.unclaimed = parent.unclaimed if shares else list(parent.unclaimed)
         shadow.probed = parent.probed if shares else parent.probed.copy()
         return shadow
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from fakefs.mirror import credentials, openfiles, signals, trampoline
 from fakefs.mirror.calls import BY_NUMBER, Call, Level
+from fakefs.mirror.endpoints import FAMILIES, Endpoints
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.records import (
     PACKET_MAX,
@@ -95,6 +96,7 @@ class Recorder:
         self._told = daemon.fileno()
         self._paths = paths
         self._uprobes = uprobes
+        self._endpoints = Endpoints()
         self._outside = outside
         self._level = level
         self._in_flight = in_flight
@@ -109,6 +111,7 @@ class Recorder:
             "exit_group": self._exit,
             "prctl": self._prctl,
             "setsid": self._plain,
+            "socket": self._socket,
             "wait4": self._wait,
             "waitid": self._wait,
             "nanosleep": self._sleep,
@@ -209,7 +212,8 @@ class Recorder:
             self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
         if call.arguments.startswith("O"):
-            yield openfiles.used(notification, call, self._paths)
+            pid = self._threads[notification.tid].tgid
+            yield openfiles.used(notification, call, pid, self._paths, self._endpoints)
         elif call.arguments.startswith(("U", "G")):
             yield credentials.requested(notification, call)
         elif special is not None:
@@ -301,6 +305,10 @@ class Recorder:
 
     def _plain(self, notification: Notification, call: Call) -> Iterator[Record]:
         yield Plain(notification.tid, call.number, [_signed(each) for each in notification.arguments[:3]])
+
+    def _socket(self, notification: Notification, call: Call) -> Iterator[Record]:
+        if notification.arguments[0] in FAMILIES:
+            yield from self._plain(notification, call)
 
     def _signal(self, notification: Notification, call: Call) -> Iterator[Record]:
         target = _signed(notification.arguments[1 if call.name == "tgkill" else 0])

@@ -140,9 +140,9 @@ class Files(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A call on an open file, `fd` on the host, where it was opened with `flags`.
+    """A call on an open file, `fd` on the host, where it was opened with `flags`; `address` is that of a socket.
 
-    `file` has the path of a regular file, directory or named pipe, the name of a pipe or terminal, or nothing.
+    `file` has the path of a regular file, directory or named pipe, the name of a pipe, socket or terminal, or nothing.
 
     `arguments` are those behind the descriptor, None for a buffer; `data` is what is written, as far as it was read, in
     latin-1; `position` is the file's before the call.
@@ -156,6 +156,7 @@ class Transfer(NamedTuple):
     flags: int
     arguments: list[int | None]
     data: str
+    address: str = ""
 
 
 class Returns(IntEnum):

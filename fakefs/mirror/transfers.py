@@ -12,15 +12,20 @@ import os
 
 from emulator.agent import WINDOW_FD
 from fakefs.mirror.calls import NUMBER
+from fakefs.mirror.connections import Connections
 from fakefs.mirror.filecalls import ANSWER, ANSWER_SIZE
 from fakefs.mirror.guestpaths import GuestPaths, batches, place
 from fakefs.mirror.processes import Mirrored, OpenFile, Processes
-from fakefs.mirror.records import Descriptors, Transfer
+from fakefs.mirror.records import Descriptors, Plain, Transfer
 from fakefs.mirror.streams import Streams, is_stream
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, Sys
 
 _TO_A_NUMBER = frozenset(NUMBER[name] for name in ("dup2", "dup3"))
+_OF_SOCKETS = frozenset(
+    NUMBER[name]
+    for name in ("connect", "bind", "listen", "accept", "accept4", "sendto", "recvfrom", "shutdown")
+)
 _DUPLICATES = _TO_A_NUMBER | {NUMBER["dup"], NUMBER["fcntl"]}
 _MOVES = frozenset(NUMBER[name] for name in ("read", "write", "getdents64"))
 
@@ -33,6 +38,7 @@ class Transfers:
         self._processes = processes
         self._paths = paths
         self._streams = Streams(shadows)
+        self._connections = Connections(shadows, processes)
 
     async def make(self, record: Transfer) -> None:
         """Make a call by its thread's shadow."""
@@ -50,10 +56,25 @@ class Transfers:
         async with shadow.lock:
             if file is None or not file.is_for(record):
                 file = await self._open(shadow, record, file)
-            if file is not None and record.number in _DUPLICATES:
+            if file is not None and record.file.text.startswith("socket:"):
+                file = await self._connections.set_flags(shadow, record, file)
+            if file is not None and record.number in _OF_SOCKETS:
+                if file.path:
+                    await self._connections.make(shadow, record, file)
+            elif file is not None and record.number in _DUPLICATES:
                 await self._duplicate(shadow, record, file)
             elif file is not None:
                 await self._transfer(shadow, record, file)
+
+    async def create_socket(self, record: Plain) -> None:
+        """socket(2)."""
+        shadow = self._processes.find(record.tid)
+        if shadow is not None:
+            await self._processes.settle(shadow)
+            async with shadow.lock:
+                domain, kind, protocol = record.arguments
+                fd = await self._connections.create(shadow, domain, kind, protocol)
+                await self._connections.keep(shadow, domain, kind, fd)
 
     async def keep(self, record: Descriptors) -> None:
         """Close what the host's process has not got any more."""
@@ -62,7 +83,10 @@ class Transfers:
             return
         await self._processes.settle(shadow)
         gone = shadow.files.keys() - set(record.numbers)
-        if closing := [(Sys.CLOSE, shadow.files.pop(fd).fd) for fd in gone]:
+        closing = [(Sys.CLOSE, shadow.files.pop(fd).fd) for fd in gone]
+        closing += [(Sys.CLOSE, each.fd) for each in shadow.unclaimed]
+        shadow.unclaimed = []
+        if closing:
             async with shadow.lock:
                 for part in batches(closing):
                     await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
@@ -72,7 +96,9 @@ class Transfers:
         if old is not None:
             await self._pump.call(shadow.task, [(Sys.CLOSE, old.fd)])
         flags = record.flags & (os.O_ACCMODE | os.O_APPEND)
-        if is_stream(record.file):
+        if record.file.text.startswith("socket:"):
+            fd = await self._connections.open(shadow, record.file.text)
+        elif is_stream(record.file):
             path = await self._streams.path(record.file)
             fd = await self._open_at(shadow, path, flags | record.flags & os.O_NONBLOCK)
         else:
@@ -96,6 +122,7 @@ class Transfers:
     @staticmethod
     def _is_free(shadow: Mirrored, fd: int) -> bool:
         taken = {*shadow.descriptors.values(), *(file.fd for file in shadow.files.values())}
+        taken.update(each.fd for each in shadow.unclaimed)
         return 0 <= fd < WINDOW_FD and fd not in taken
 
     async def _duplicate(self, shadow: Mirrored, record: Transfer, file: OpenFile) -> None:
@@ -124,6 +151,9 @@ class Transfers:
         if has_buffer and len(words) > 1:
             words[1] = size
         calls = [(record.number, file.fd, *words)]
+        if record.file.text.startswith("socket:"):
+            await self._processes.blocking.begin(shadow, calls)
+            return
         if is_stream(record.file):
             ending = self._streams.ending(record.file, reads=record.number == NUMBER["read"])
             await self._processes.blocking.begin(shadow, calls, ending)

@@ -133,7 +133,7 @@ _RECORD = st.one_of(
     st.builds(Sleep, _INT, st.none() | _INT, _INT),
     st.builds(Plain, _INT, _INT, st.lists(_INT, max_size=3)),
     st.builds(Files, _INT, _INT, st.lists(st.none() | _INT, max_size=6), st.lists(_PATH, max_size=2), _TEXT),
-    st.builds(Transfer, _INT, _INT, _INT, _PATH, _INT, _INT, st.lists(st.none() | _INT, max_size=3), _TEXT),
+    st.builds(Transfer, _INT, _INT, _INT, _PATH, _INT, _INT, st.lists(st.none() | _INT, max_size=3), _TEXT, _TEXT),
     st.builds(Wait, _INT, _INT, st.lists(st.none() | _INT, max_size=5)),
     st.builds(Descriptors, _INT, st.lists(_INT, max_size=5)),
     st.builds(Signal, _INT, _INT, st.lists(_INT, max_size=3), st.lists(_INT), st.lists(_INT)),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
+from fakefs.mirror.endpoints import Endpoints
 from fakefs.mirror.hostpaths import HostPaths
 from fakefs.mirror.openfiles import descriptors, parse_info, used
 from fakefs.mirror.records import Transfer
@@ -18,7 +19,8 @@ from fakefs.mirror.seccomp import Notification
 
 def _used(fd: int, paths: HostPaths, name: str = "read") -> Transfer:
     call = BY_NUMBER[NUMBER[name]]
-    return used(Notification(1, os.getpid(), call.number, (fd, 0, 10, 0, 0, 0)), call, paths)
+    me = os.getpid()
+    return used(Notification(1, me, call.number, (fd, 0, 10, 0, 0, 0)), call, me, paths, Endpoints())
 
 
 def test_each_kind(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Sockets of mirrored processes: what is said on the host's loopback is said on the guest's."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mount.conftest import Run
+from tests.mount.mirrored import SETUP, SHOW, hits
+from tests.mounted import FAKEFS
+
+_TALK = """
+import os, socket, sys
+family, address = eval(sys.argv[1])
+listening = socket.socket(family)
+listening.bind(address)
+listening.listen()
+address = listening.getsockname() if family == socket.AF_INET else address
+child = os.fork()
+if child == 0:
+    listening.close()
+    client = socket.socket(family)
+    client.connect(address)
+    client.sendall(b"question")
+    answer = client.recv(100)
+    assert answer == b"answer!" and client.recv(100) == b"", answer
+    os._exit(0)
+served, _ = listening.accept()
+question = served.recv(100)
+served.send(b"answer!")
+served.close()
+_, status = os.waitpid(child, 0)
+print(question.decode(), status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "function"),
+    [("AF_INET", '("127.0.0.1", 34567)', "tcp_sendmsg"), ("AF_UNIX", '"socket"', "unix_stream_sendmsg")],
+)
+def test_a_server_and_a_client(mirrored: Run, family: str, address: str, function: str) -> None:
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:sent {function} size=$arg3' > kprobe_events
+        on kprobes syscalls/sys_exit_accept4 syscalls/sys_exit_recvfrom
+        cd "$OLDPWD"
+        {FAKEFS[0]} -c '{_TALK}' '(socket.{family}, {address})'
+        """
+        + SHOW,
+        "all",
+    )
+    assert done.stdout.splitlines()[0] == "question 0"
+    seen = hits(done)
+    assert [hit.fields["size"] for hit in seen if hit.event == "sent"] == [8, 7]
+    results = [(hit.event, int(hit.text.split()[-1], 16)) for hit in seen if hit.event != "sent"]
+    received = sorted(result for event, result in results if event == "sys_exit_recvfrom" and result < 1 << 63)
+    assert received == [0, 7, 8]
+    assert [result for event, result in results if event == "sys_exit_accept4" and result < 1 << 63] != []
+
+
+def test_what_the_guest_has_no_network_for(mirrored: Run) -> None:
+    """Datagrams on the loopback arrive; what goes elsewhere is not tried in the guest."""
+    program = """
+import socket
+one, two = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+one.bind(("127.0.0.1", 34568))
+two.sendto(b"datagram", ("127.0.0.1", 34568))
+print(one.recvfrom(100)[0])
+two.settimeout(5)
+try:
+    two.sendto(b"away", ("192.0.2.1", 9))
+except OSError:
+    pass
+socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).getsockname()
+a, b = socket.socketpair()
+a.send(b"pair")
+print(b.recv(100))
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:sent udp_sendmsg size=$arg3' > kprobe_events
+        echo 'p:got udp_recvmsg' >> kprobe_events
+        on kprobes
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "all",
+    )
+    assert done.stdout.splitlines()[:2] == ["b'datagram'", "b'pair'"]
+    assert [(hit.event, hit.fields.get("size")) for hit in hits(done)] == [("sent", 8), ("got", None)]
