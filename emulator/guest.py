@@ -33,6 +33,7 @@ WINDOW_SIZE = 64 << 20
 DEFAULT_MEMORY = 256 << 20
 COMMAND_LINE = (
     "console=ttyS0 quiet noapic nokaslr panic=-1 reboot=k mitigations=off nopti pci=off tsc=reliable "
+    "softlockup_panic=1 watchdog_thresh=5 "  # code of the kernel's that loops for ever ends it after 10 virtual seconds
     "random.trust_cpu=off rcupdate.rcu_expedited=1 cryptomgr.notests damon_stat.enabled=0"
 )
 _BOOT_LIMIT = 120_000_000_000  # ns of virtual time; a boot takes 0.7 s

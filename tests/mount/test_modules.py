@@ -83,6 +83,15 @@ MODULE_LICENSE("GPL");
 """
 UNKNOWN = '#include <linux/module.h>\nint nowhere(void); int f(void) { return nowhere(); } MODULE_LICENSE("GPL");\n'
 
+SPIN = """
+#include <linux/module.h>
+#include <linux/kthread.h>
+static int spin(void *data) { for (;;) cpu_relax(); return 0; }
+static int __init spin_init(void) { kthread_run(spin, NULL, "spinner"); return 0; }
+module_init(spin_init);
+MODULE_LICENSE("GPL");
+"""
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -230,6 +239,18 @@ def test_in_the_view_of_run(clock: Path, environment: dict[str, str], kernel_pat
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["Module", "clock", "Module"], done
     assert done.stderr == "fakefs: module nosuch not found; those there are: fakefs module samples\n"
+
+
+@pytest.mark.slow
+def test_a_module_that_loops_for_ever(tracefs: Tracefs, release: str, fakefs: Command, tmp_path: Path) -> None:
+    """The guest's watchdog ends the guest, so that those who wait hear of it."""
+    tracefs.guest("echo 1 >/proc/sys/kernel/watchdog_thresh")
+    (tmp_path / "spin.c").write_text(SPIN)
+    fakefs("insmod", tmp_path / "spin.c", tracefs.path)
+    with pytest.raises(OSError, match="Input/output error"):
+        tracefs.read("tracing_on")
+    assert "softlockup: hung tasks" in tracefs.console()
+    assert "[spinner:" in tracefs.console()
 
 
 @pytest.mark.slow
