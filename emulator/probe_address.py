@@ -1,7 +1,7 @@
 """Where a kprobe may be: the checks of the kernel's own register_kprobe(), with its errnos.
 
 Instruction boundaries are found by decoding a function from its beginning, as the kernel does. The decoder is
-capstone's, an optional dependency that is imported at the first probe inside a function; a function's entry needs none.
+capstone's, which takes 35 ms to import: at the first probe inside a function; a function's entry needs none.
 """
 
 from __future__ import annotations
@@ -119,8 +119,5 @@ class Addresses:
 
     @cached_property
     def _decoder(self) -> Any:
-        try:
-            capstone = importlib.import_module("capstone")
-        except ImportError:
-            raise EmulatorError("a probe inside a function needs a disassembler: pip install capstone") from None
+        capstone = importlib.import_module("capstone")
         return capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)

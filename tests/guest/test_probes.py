@@ -9,12 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from emulator.errors import EmulatorError
 from emulator.guest import Guest
 from emulator.probes import Context, NoInstruction, NoSymbol, NotAllowed, Probe, ProbeError, Probes
 from tests.guest_calls import GETPID, GETPPID, read_file, run_for, trace
-
-pytest.importorskip("capstone")
 
 
 @pytest.fixture
@@ -325,10 +322,3 @@ def test_probes_where_the_kernel_patches(guest: Guest, probes: Probes) -> None:
     trace(guest, "events/kprobes/patched/enable", "0")
     assert "patched: (vfs_open" in trace(guest, "trace")
     assert probe.hits == hits
-
-
-def test_without_a_disassembler(guest: Guest, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "capstone", None)
-    probes.register_kprobe("vfs_read")
-    with pytest.raises(EmulatorError, match="pip install capstone"):
-        probes.register_kprobe("vfs_read", 4)
