@@ -166,6 +166,20 @@ def test_killed_at_any_moment(mirrored: Run) -> None:
     assert slots(done) < 9
 
 
+def test_no_file_stays_open_in_the_guest(mirrored: Run) -> None:
+    """Files of the mount are closed there when the host's kernel tells, which may be in the middle of the next open."""
+    done = mirrored(
+        GUEST
+        + """
+        for i in $(seq 300); do echo 1 >> /sys/kernel/tracing/tracing_on; : > file; : < file; done
+        cat /sys/kernel/tracing/tracing_on
+        guest ls -l /proc/$$/fd | grep -v ' 63 -> /dev/mem'
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["1", "total 0"]
+
+
 @pytest.mark.slow
 def test_a_fork_bomb_is_the_hosts_to_bear(mirrored: Run) -> None:
     """Of 2047 processes at once the guest takes 1023, and says so once; all of its are gone afterwards."""
