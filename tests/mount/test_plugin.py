@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import mountpoint
+from tests.mount.conftest import User
 from tests.mounted import PATIENCE, until
 
 RunPytest = Callable[..., str]
@@ -245,6 +246,34 @@ def test_fails(fakefs_run):
     assert summary(output) == "1 failed, 2 passed", output
     assert "Invalid probed address or symbol" in output
     assert "fakefs_run: console" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_as_an_ordinary_user(user: User, environment: dict[str, str]) -> None:
+    """In his home, as pytest's directories here are for root alone."""
+    home = user.kernel.parent
+    text = """
+def test_mount(tracefs):
+    tracefs.write("dynamic_events", "p:reads vfs_read")
+    assert tracefs.sh("cat dynamic_events").stdout == "p:kprobes/reads vfs_read\\n"
+
+def test_run(fakefs_run):
+    assert fakefs_run("id -u; cat /sys/kernel/tracing/current_tracer").stdout == "0\\nnop\\n"
+"""
+    (home / "test_user.py").write_text(text)
+    plugin = [] if _REGISTERED else ["-p", "fakefs.pytest_plugin"]
+    options = ["-q", "-p", "no:cacheprovider", *plugin, "-c", os.devnull, "--rootdir", str(home), "--fakefs-required"]
+    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={home}/base", "--fakefs-kernel", str(user.kernel)]
+    done = subprocess.run(
+        [*user.before, *command, str(home / "test_user.py")],
+        env={name: value for name, value in environment.items() if name not in _REPORTING},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert summary(done.stdout) == "2 passed", done.stdout + done.stderr
 
 
 _WITHOUT_FUSE = """
