@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from fakefs.mirror import credentials, openfiles, signals, trampoline
+from fakefs.mirror import credentials, openfiles, refused, signals, trampoline
 from fakefs.mirror.calls import BY_NUMBER, Call, Level
 from fakefs.mirror.endpoints import FAMILIES, Endpoints
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
@@ -119,6 +119,7 @@ class Recorder:
             "kill": self._signal,
             "tkill": self._signal,
             "tgkill": self._signal,
+            "perf_event_open": refused.perf_event_open,
         }
 
     def run(self) -> None:
@@ -143,11 +144,15 @@ class Recorder:
                     ready.unregister(self._listener.fd)  # the last program has ended: as with it, nothing is left to do
                 continue
             self._in_flight(notification.id)
+            refusal = 0
             try:
                 if self._daemon is not None and notification.tid > 0:
-                    self._note(notification)
+                    refusal = self._note(notification)
             finally:
-                self._listener.proceed(notification.id)
+                if refusal:
+                    self._listener.refuse(notification.id, refusal)
+                else:
+                    self._listener.proceed(notification.id)
                 self._in_flight(0)
 
     def _take(self) -> bool:
@@ -160,12 +165,18 @@ class Recorder:
             self._send(placed)
         return bool(packet)
 
-    def _note(self, notification: Notification) -> None:
-        """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile."""
+    def _note(self, notification: Notification) -> int:
+        """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile.
+
+        Return the error number of a call that is to be refused, else 0.
+        """
         records: list[Record] = []
+        refusal = 0
         try:
             for record in self._records(notification):
                 records.append(record)  # those before an error are wanted
+        except refused.Refused as error:
+            refusal = error.number
         except (OSError, NotMirrored, ValueError, struct.error):
             pass  # gone, not for the guest, or nonsense
         except Exception as error:  # a fault of ours must not end the record of all that follows
@@ -173,6 +184,7 @@ class Recorder:
         if self._listener.is_valid(notification.id):
             for record in records:
                 self._send(record)
+        return refusal
 
     def _send(self, record: Record | Placed) -> None:
         packet = encode(record)

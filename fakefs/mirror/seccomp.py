@@ -145,6 +145,11 @@ class Listener:
         _RESPONSE.pack_into(self._response, 0, identity, 0, 0, _FLAG_CONTINUE)
         return bool(self._ioctl(self.fd, ctypes.c_ulong(_NOTIF_SEND), self._response) == 0)
 
+    def refuse(self, identity: int, error: int) -> bool:
+        """Have a call fail with an error number instead of being made; False when its thread is gone."""
+        _RESPONSE.pack_into(self._response, 0, identity, 0, -error, 0)
+        return bool(self._ioctl(self.fd, ctypes.c_ulong(_NOTIF_SEND), self._response) == 0)
+
     def is_valid(self, identity: int) -> bool:
         """Is the call still waiting, so that its thread's id is not another's by now?"""
         struct.pack_into("<Q", self._id, 0, identity)

@@ -1,6 +1,7 @@
 #!/bin/bash
 # perf (Debian's linux-perf) in the view of `fakefs run`: list, probe and ftrace, which stay in the tracefs.
-# What goes on to perf_event_open(2), as record, stat, top and trace do, is the host's.
+# What goes on to perf_event_open(2), as record, stat, top and trace do, is the host's, where tracepoints are refused: they
+# are known by numbers there, and those that perf finds here are the guest's.
 # shellcheck disable=SC2154 # set in lib.sh
 set -euo pipefail
 # shellcheck disable=SC1091 # it is checked by itself
@@ -18,4 +19,6 @@ expect "list has it" 'probe:vfs_read' perf list 'probe:*'
 expect "probe -d" 'Removed event: probe:vfs_read' perf probe -d vfs_read
 expect "ftrace, functions" 'cat-[0-9]+ .* vfs_read <-ksys_read' perf ftrace -T vfs_read -- cat "$tracing"/tracing_on
 expect "ftrace, graph" 'vfs_read\(\) \{' perf ftrace -G vfs_read -- cat "$tracing"/tracing_on
+expect "stat of a tracepoint" '<not supported> +sched:sched_switch' perf stat -e sched:sched_switch true
+expect "stat of the clock" '[0-9.]+ msec task-clock' perf stat -e task-clock:u true
 exit "$failed"
