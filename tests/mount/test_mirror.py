@@ -24,36 +24,15 @@ _SHOW = """
 """
 
 
-@pytest.fixture
-def run(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Run:
-    """Run a bash script by `fakefs run`, in a directory of its own."""
-
-    def run_script(script: str, mirror: str = "files", timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        argv = [*FAKEFS, "run", "--kernel", str(kernel_path), "--mirror", mirror, "--", "bash", "-c", script]
-        return subprocess.run(
-            argv,
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=timeout,
-            check=False,
-        )
-
-    run_script("true", "off")  # boots if need be, and says so
-    return run_script
-
-
 def hits(done: subprocess.CompletedProcess[str]) -> list[Record]:
     """The trace a script has shown."""
     assert (done.stderr, done.returncode) == ("", 0)
     return [hit for hit in parse(done.stdout) if hit.event]
 
 
-def test_processes(run: Run) -> None:
+def test_processes(mirrored: Run) -> None:
     """Fork, exec, exit, signals and sleeps, by their names and ids."""
-    done = run(
+    done = mirrored(
         _SETUP
         + """
         echo 'p:slept do_nanosleep' > kprobe_events
@@ -86,9 +65,9 @@ def test_processes(run: Run) -> None:
     assert [(hit.fields["sig"], hit.fields["comm"], hit.fields["pid"]) for hit in signals] == [(15, "sleep", killed)]
 
 
-def test_working_directories(run: Run, tmp_path: Path) -> None:
+def test_working_directories(mirrored: Run, tmp_path: Path) -> None:
     """A program goes to the tracefs in the guest too, and comes back from there."""
-    done = run(
+    done = mirrored(
         _SETUP
         + """
         here=$OLDPWD
@@ -121,9 +100,9 @@ def test_programs_by_relative_paths(environment: dict[str, str], kernel_path: Pa
     assert next(hit.fields["filename"] for hit in hits(done)) == "bin/true"
 
 
-def test_files_by_their_names(run: Run) -> None:
+def test_files_by_their_names(mirrored: Run) -> None:
     """Probes see the host's names, types and order; the files are the host's alone."""
-    done = run(
+    done = mirrored(
         _SETUP
         + """
         cd "$OLDPWD"
@@ -143,7 +122,7 @@ def test_files_by_their_names(run: Run) -> None:
     assert ("trunc", "bash") in mine
 
 
-def test_a_script_is_the_same_with_it_and_without(run: Run, tmp_path: Path) -> None:
+def test_a_script_is_the_same_with_it_and_without(mirrored: Run, tmp_path: Path) -> None:
     script = """
         exec 2>&1
         mkdir -p a/b; cd a/b; umask 027
@@ -170,7 +149,7 @@ END
     """
     results = []
     for mirror in ("off", "process", "files", "all"):
-        done = run(script, mirror)
+        done = mirrored(script, mirror)
         assert done.returncode == 5
         results.append(re.sub(r" \d+ (Killed|Terminated|Segmentation)", r" PID \1", done.stdout))
         subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)
@@ -180,8 +159,8 @@ END
     assert results[3] == results[0]
 
 
-def test_pid_filters_follow_children(run: Run) -> None:
-    done = run(
+def test_pid_filters_follow_children(mirrored: Run) -> None:
+    done = mirrored(
         _SETUP
         + """
         echo 1 > options/event-fork
@@ -196,8 +175,8 @@ def test_pid_filters_follow_children(run: Run) -> None:
     assert {"/bin/true", "/usr/bin/sh", "/usr/bin/ls"} <= seen
 
 
-def test_nothing_is_left_of_many_processes(run: Run) -> None:
-    done = run(
+def test_nothing_is_left_of_many_processes(mirrored: Run) -> None:
+    done = mirrored(
         """
         for i in $(seq 100); do /bin/true & done; wait
         cat /sys/kernel/tracing/tracing_on > /dev/null
@@ -209,8 +188,8 @@ def test_nothing_is_left_of_many_processes(run: Run) -> None:
     assert int(done.stdout.split()[1]) < 12
 
 
-def test_the_recorders_death_harms_nobody(run: Run) -> None:
-    done = run(
+def test_the_recorders_death_harms_nobody(mirrored: Run) -> None:
+    done = mirrored(
         """
         recorder=$(grep -l fakefs /proc/[0-9]*/cmdline | cut -d/ -f3 | sort -n | tail -1)
         for pid in $(ls /proc | grep '^[0-9]*$'); do
@@ -223,17 +202,17 @@ def test_the_recorders_death_harms_nobody(run: Run) -> None:
     assert done.stderr == "fakefs: what follows is not mirrored: the process that records it is gone\n"
 
 
-def test_one_inside_another_is_not_mirrored(run: Run) -> None:
+def test_one_inside_another_is_not_mirrored(mirrored: Run) -> None:
     """A process has one filter that notifies: the inner program runs all the same."""
-    done = run(f"{FAKEFS[0]} -m fakefs.cli run -- sh -c 'echo text > file; cat file'")
+    done = mirrored(f"{FAKEFS[0]} -m fakefs.cli run -- sh -c 'echo text > file; cat file'")
     assert (done.stdout, done.returncode) == ("text\n", 0)
     assert done.stderr == (
         "fakefs: what the program does is not mirrored, as it cannot be watched here (Device or resource busy)\n"
     )
 
 
-def test_killed_in_the_middle_of_calls(run: Run) -> None:
-    done = run(
+def test_killed_in_the_middle_of_calls(mirrored: Run) -> None:
+    done = mirrored(
         f"""
         for i in 1 2 3 4 5; do
             (while :; do echo x > f$i; rm -f f$i; mkdir d$i; rmdir d$i; /bin/true; done) 2>/dev/null & p="$p $!"
@@ -248,7 +227,7 @@ def test_killed_in_the_middle_of_calls(run: Run) -> None:
     assert int(done.stdout.split()[2]) < 12
 
 
-def test_nonsense_is_the_hosts_to_refuse(run: Run) -> None:
+def test_nonsense_is_the_hosts_to_refuse(mirrored: Run) -> None:
     program = """
 import ctypes, errno
 call = ctypes.CDLL(None, use_errno=True).syscall
@@ -259,25 +238,24 @@ for at in (0, 1, 1 << 46, (1 << 64) - 1):
         assert call(*arguments) in (-1, 0), arguments
 print(open("file", "w").write("text"))
 """
-    done = run(f"python3 -c '{program}' && cat file && cat /sys/kernel/tracing/tracing_on")
+    done = mirrored(f"python3 -c '{program}' && cat file && cat /sys/kernel/tracing/tracing_on")
     assert (done.stdout, done.stderr) == ("4\ntext1\n", "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mirror", ["process", "files", "all"])
-def test_a_script_of_200_commands_is_the_same(run: Run, mirror: str) -> None:
+def test_a_script_of_200_commands_is_the_same(mirrored: Run, mirror: str) -> None:
     script = str(Path(__file__).parents[2] / "bench/configure.sh")
-    without, mirrored = run(script, "off"), run(script, mirror, 300)
-    assert without.returncode == mirrored.returncode == 7
+    without, done = mirrored(script, "off"), mirrored(script, mirror, 300)
+    assert without.returncode == done.returncode == 7
     assert "status 42" in without.stdout
-    assert [re.sub(r" \d+ (Terminated)", r" PID \1", done.stdout) for done in (mirrored,)] == [
-        re.sub(r" \d+ (Terminated)", r" PID \1", without.stdout)
-    ]
+    pids = r" \d+ (?=Terminated)"
+    assert re.sub(pids, " PID ", done.stdout) == re.sub(pids, " PID ", without.stdout)
 
 
 @pytest.mark.slow
-def test_more_processes_than_the_guest_has_room_for(run: Run) -> None:
-    done = run(
+def test_more_processes_than_the_guest_has_room_for(mirrored: Run) -> None:
+    done = mirrored(
         f"""
         for i in $(seq 1100); do sleep 5 & done; wait
         cat /sys/kernel/tracing/tracing_on
@@ -291,9 +269,9 @@ def test_more_processes_than_the_guest_has_room_for(run: Run) -> None:
     assert int(done.stdout.split()[2]) < 12
 
 
-def test_open_files(run: Run) -> None:
+def test_open_files(mirrored: Run) -> None:
     """With `all`, what is read and written has the host's sizes and, as far as it goes, the host's data."""
-    done = run(
+    done = mirrored(
         _SETUP
         + """
         echo 'p:reads vfs_read count=$arg3' > kprobe_events
