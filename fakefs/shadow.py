@@ -16,7 +16,7 @@ import signal
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Protocol
 
@@ -25,6 +25,7 @@ import trio
 from emulator.agent import CALL_SPAWN, DATA_SIZE, SLOT_SIZE, WINDOW_FD, Call, Task
 from emulator.errors import EmulatorError
 from fakefs.files import Caller, Interrupt
+from fakefs.hostthreads import HostThread, has_ended, read_comm, read_thread, wait_for_exit
 from fakefs.pump import Pump
 from fakefs.syscalls import Sys
 
@@ -35,7 +36,6 @@ _CLONE_ARGS_AT = DATA_SIZE - 256  # in the parent's data area: the arguments, an
 _PID_AT = DATA_SIZE - 128
 _COMM_AT = DATA_SIZE - 64
 _GROUPS_AT = DATA_SIZE - 1024
-_GROUPS_MAX = 64
 _PR_SET_NAME = 15
 _COMM_MAX = 15
 _AT_FDCWD = -100
@@ -72,19 +72,6 @@ class Watching(Protocol):
 
     async def uprobes_changed(self, tid: int) -> None:
         """A thread may have changed the uprobes: return when its programs and others will hit them."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostThread:
-    """What /proc says of a host thread."""
-
-    tid: int
-    parent: int  # of a thread that is not its group's leader: the leader; else the parent process
-    comm: bytes
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    tgid: int = 0
 
 
 class Shadow:
@@ -276,7 +263,7 @@ class Shadows:
 
     async def _follow(self, shadow: Shadow) -> None:
         """Wait for the host thread's end, then end its shadow."""
-        await _wait_for_exit(shadow.tid)
+        await wait_for_exit(shadow.tid)
         if self.pump.deterministic:
             return  # its exit belongs in front of the next request, whenever the host tells of it
         if self._by_tid.get(shadow.tid) is shadow:
@@ -392,64 +379,3 @@ class Shadows:
             while True:
                 await self.kill(shadow, signal.SIGINT)
                 await trio.sleep(_SIGNAL_AGAIN)
-
-
-async def _wait_for_exit(tid: int) -> None:
-    """Return when a host thread has ended: by its pidfd, or that of its process for a thread of several."""
-    try:
-        fd = os.pidfd_open(tid)
-    except OSError:
-        while read_comm(tid):  # a thread of several: no pidfd for it before Linux 6.9
-            await trio.sleep(0.5)
-            continue
-        return
-    try:
-        await trio.lowlevel.wait_readable(fd)
-    finally:
-        os.close(fd)
-
-
-def read_comm(tid: int) -> bytes:
-    """Return a host thread's comm; empty when it is gone."""
-    try:
-        fd = os.open(f"/proc/{tid}/comm", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return os.read(fd, 64).rstrip(b"\n")
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
-
-
-def has_ended(tid: int) -> bool:
-    """Has a host thread ended, waited for or not?"""
-    try:
-        with open(f"/proc/{tid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except (OSError, IndexError):
-        return True
-
-
-def read_thread(caller: Caller) -> HostThread | None:
-    """Return what /proc says of a caller; None when it is gone or out of sight (another pid namespace)."""
-    try:
-        with open(f"/proc/{caller.tid}/status", "rb") as file:
-            text = file.read(8192)
-    except OSError:
-        return None
-    return parse_status(text, caller)
-
-
-def parse_status(text: bytes, caller: Caller) -> HostThread | None:
-    """Parse /proc/TID/status (proc(5)); None when it is not one."""
-    fields = dict(line.split(b":\t", 1) for line in text.split(b"\n") if b":\t" in line)
-    try:
-        tgid, ppid = int(fields[b"Tgid"]), int(fields[b"PPid"])
-        groups = tuple(int(group) for group in fields.get(b"Groups", b"").split()[:_GROUPS_MAX])
-        comm = fields[b"Name"]
-    except (KeyError, ValueError):
-        return None
-    parent = ppid if tgid == caller.tid else tgid
-    return HostThread(caller.tid, parent, comm, caller.uid, caller.gid, groups, tgid)

@@ -53,7 +53,6 @@ class Sys(IntEnum):
     CLOCK_SETTIME = 227
     CLOCK_NANOSLEEP = 230
     EXIT_GROUP = 231
-    TGKILL = 234
     OPENAT = 257
     MKDIRAT = 258
     MKNODAT = 259

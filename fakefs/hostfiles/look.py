@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fakefs.files import Caller
+from fakefs.hostthreads import read_thread
 from fakefs.mountpoint import FSTYPE, parse_mountinfo
-from fakefs.shadow import read_thread
 
 _NOT_ENTERED = frozenset(
     (FSTYPE, "proc", "sysfs", "tracefs", "debugfs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf", "pstore")

@@ -13,6 +13,7 @@ import sys
 import trio
 
 from fakefs.hostfiles.bring import HostFiles
+from fakefs.hostthreads import HostThread
 from fakefs.mirror.calls import Level
 from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
@@ -43,7 +44,7 @@ from fakefs.mirror.records import (
     encode,
 )
 from fakefs.mirror.transfers import Transfers
-from fakefs.shadow import HostThread, Shadow, Shadows
+from fakefs.shadow import Shadow, Shadows
 from fakefs.syscalls import Sys
 
 _PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fakefs import kernels
-from fakefs.shadow import read_comm
+from fakefs.hostthreads import read_comm
 from tests.mount.conftest import MakeMount, Run
 from tests.mounted import FAKEFS, PATIENCE, Popen, running, until
 
