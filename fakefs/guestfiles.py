@@ -148,7 +148,7 @@ class GuestFiles(GuestNames):
                 written += result
                 if result < len(piece):
                     break
-        if takes_uprobes(file.path) and self._shadows.watching is not None:
+        if self._shadows.watching is not None:
             await self._shadows.watching.uprobes_changed(caller.tid)
         return written
 

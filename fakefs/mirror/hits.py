@@ -1,10 +1,9 @@
-"""The daemon's part of uprobes on programs of the host: where they are, and what a hit comes to in the guest.
+"""What a hit of a uprobe by a program of the host comes to in the guest.
 
-A site is an instruction of a file that has been brought to the guest, where uprobes are defined on it. When a thread of
-the host's comes there its shadow does: it is given the page of the file with the instruction, the thread's registers
-and the memory that the probe's arguments look at, all at their addresses, and executes that one instruction. What the
-uprobe does is the guest kernel's business. The trap behind the instruction, or any other exception, gives the shadow
-back.
+When a thread of the host's comes to a site its shadow does: it is given the page of the file with the instruction, the
+thread's registers and the memory that the probe's arguments look at, all at their addresses, and executes that one
+instruction. What the uprobe does is the guest kernel's business. The trap behind the instruction, or any other
+exception, gives the shadow back.
 
 A function with a uprobe on return has, on the shadow's stack, the return address that the kernel has put there: when
 the thread returns, the shadow goes on at that address.
@@ -14,28 +13,21 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 import signal
-import stat
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
-import trio
-
-from emulator.agent import CALL_AFTER, CALL_COPY, CALL_ENTER, OTHER_ROOT, WINDOW_VIRTUAL, Agent, Call, Task
-from fakefs.hostfiles.bring import Copy, HostFiles
+from emulator.agent import CALL_AFTER, CALL_COPY, CALL_ENTER, WINDOW_VIRTUAL, Agent, Call, Task
+from fakefs.mirror.probesites import ProbeSites, shown_at
 from fakefs.mirror.processes import KEPT, Mirrored, Processes
-from fakefs.mirror.records import Hit, Returns, Site, Sites
+from fakefs.mirror.records import Hit, Returns, Site
 from fakefs.mirror.trampoline import RETURN, SAVED
 from fakefs.shadow import Shadows
-from fakefs.static import TRACEFS
 from fakefs.syscalls import Sys
 
 _PAGE = 4096
 _AT_FDCWD = -100
 _F_DUPFD_CLOEXEC = 1030
-_MS_BIND = 4096
 _FIRST_FD = 600  # above those that mirrored files have
 _PROT_READ_WRITE, _PROT_READ_EXEC = 3, 5
 _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
@@ -46,12 +38,6 @@ _BELOW_STACK = 64  # what the kernel's code for returns pushes there
 _FRAME, _RESULT, _STACK, _MEMORY = 0, 0x400, 0x1000, 0x2800
 _STACK_SIZE = _MEMORY - _STACK
 _PAGES_MAX = 9
-_EVENTS = TRACEFS + b"/uprobe_events"
-_EVENTS_MAX = 1 << 20
-_DIRECTORY = b"/.fakefs-probed"
-_PATIENCE = 5.0  # host seconds the recorder gets
-
-_LINE = re.compile(rb"([pr])\S*:\S+ (.+?):0x([0-9a-f]{1,16})(?:\(0x[0-9a-f]+\))?((?: \S+=\S+)*)")
 
 # struct ucontext and struct sigcontext of <asm/ucontext.h> and <asm/sigcontext.h>
 _UCONTEXT = struct.Struct("<QQQixxxxQ18Q4H5Q64xQ")
@@ -82,13 +68,6 @@ _USER_CS, _USER_DS = 0x33, 0x2B
 _ARITHMETIC_FLAGS, _TRAP_FLAG = 0xCD5, 0x100
 _EXCEPTIONS = (signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 _BLOCKED = ~sum((1 << (number - 1) for number in _EXCEPTIONS), KEPT) & (1 << 64) - 1
-
-
-class _Key(NamedTuple):
-    """What a site is: an offset in a copy, which is another when the host's file has changed."""
-
-    copy: Copy
-    offset: int
 
 
 def frame(registers: Mapping[str, int], task: Task, *, trap: bool) -> bytes:
@@ -197,114 +176,18 @@ class _Batch:
             self._add(CALL_AFTER | Sys.MUNMAP, start, size, 0, 0, 0, mapping)
 
 
-class Probes:
-    """All sites. `tell` sends a packet to the recorder."""
+class Hits:
+    """Has shadows make them."""
 
-    def __init__(
-        self,
-        shadows: Shadows,
-        processes: Processes,
-        host_files: HostFiles,
-        tell: Callable[[Site | Sites], Awaitable[None]],
-    ) -> None:
-        self._shadows = shadows
+    def __init__(self, shadows: Shadows, processes: Processes, sites: ProbeSites) -> None:
         self._pump = shadows.pump
         self._agent = shadows.pump.agent
         self._processes = processes
-        self._host_files = host_files
-        self._tell = tell
-        self._changing = trio.Lock()
-        self._ids: dict[_Key, int] = {}
-        self._files: dict[Copy, int] = {}
-        self._file_of: dict[int, int] = {}  # a site's
-        self._sites: dict[int, Site] = {}
-        self._told = 0
-        self._placed = trio.Event()
+        self._sites = sites
 
-    # ---- where they are
-
-    async def changed(self, tid: int) -> None:
-        """A thread may have changed the uprobes: return when the recorder knows, and that thread's process."""
-        async with self._changing:
-            if not self._host_files.named and not self._sites:
-                return
-            sites = await self._list(self._host_files.named)
-            if sites == self._sites:
-                return
-            self._sites = sites
-            self._told += 1
-            self._placed = trio.Event()
-            with trio.move_on_after(_PATIENCE):
-                for site in sites.values():
-                    await self._tell(site)
-                await self._tell(Sites(self._told, tid))
-                await self._placed.wait()
-
-    def placed(self, number: int) -> None:
-        """The recorder has placed the sites it was told of."""
-        if number == self._told:
-            self._placed.set()
-
-    async def _list(self, named: Mapping[bytes, Copy]) -> dict[int, Site]:
-        found: dict[int, Site] = {}
-        for line in (await self._read_events()).splitlines():
-            match = _LINE.fullmatch(line)
-            copy = named.get(match[2]) if match is not None else None
-            if match is None or copy is None:
-                continue
-            key = _Key(copy, int(match[3], 16))
-            number = self._ids.get(key)
-            if number is None:
-                number = self._ids[key] = len(self._ids) + 1
-                if copy not in self._files:
-                    self._files[copy] = len(self._files)
-                    await self._show(self._files[copy], copy.path)
-                self._file_of[number] = self._files[copy]
-            site = found.get(number)
-            if site is None:
-                site = Site(number, tuple(copy.identity), key.offset, [], None)
-            arguments = match[4].decode("latin-1").split()
-            if match[1] == b"p":
-                site = site._replace(entry=site.entry + arguments)
-            else:
-                site = site._replace(returns=(site.returns or []) + arguments)
-            found[number] = site
-        return found
-
-    async def _show(self, number: int, path: bytes) -> None:
-        """Show a file to mirrored processes, at a path that stays its own when the other becomes a new file's."""
-        init = self._shadows.init
-        async with init.lock:
-            directory, new, at = OTHER_ROOT + _DIRECTORY, OTHER_ROOT + _name(number), init.task.virtual
-            self._agent.put(init.task, 0, directory + b"\0" + new + b"\0" + path + b"\0")
-            second = at(len(directory) + 1)
-            third = second + len(new) + 1
-            calls = [
-                (Sys.MKDIRAT, _AT_FDCWD, at(), 0o755),
-                (Sys.MKNODAT, _AT_FDCWD, second, stat.S_IFREG | 0o444, 0),
-                (Sys.MOUNT, third, second, 0, _MS_BIND, 0),
-            ]
-            await self._pump.call(init.task, calls)
-
-    async def _read_events(self) -> bytes:
-        init, text = self._shadows.init, b""
-        async with init.lock:
-            self._agent.put(init.task, 0, _EVENTS + b"\0")
-            [fd] = await self._pump.call(init.task, [(Sys.OPENAT, _AT_FDCWD, init.task.virtual(), os.O_RDONLY, 0)])
-            while fd >= 0 and len(text) < _EVENTS_MAX:
-                [size] = await self._pump.call(init.task, [(Sys.READ, fd, init.task.virtual(), _PAGE)])
-                if size <= 0:
-                    break
-                text += self._agent.get(init.task, 0, min(size, _PAGE))
-            if fd >= 0:
-                await self._pump.call(init.task, [(Sys.CLOSE, fd)])
-        return text
-
-    # ---- hits
-
-    async def hit(self, record: Hit) -> None:
+    async def make(self, record: Hit) -> None:
         """Have the shadow of a thread do what the thread does."""
-        shadow, site = self._processes.find(record.tid), self._sites.get(record.probe)
+        shadow, site = self._processes.find(record.tid), self._sites.by_id.get(record.probe)
         if shadow is None or len(record.registers) != len(SAVED) + 1:
             return
         registers = dict(zip((*SAVED, "sp"), record.registers, strict=True))
@@ -321,7 +204,7 @@ class Probes:
         batch = _Batch(shadow.task, self._agent)
         code, taken = None, range(0)
         if site is not None:
-            fd = await self._descriptor(shadow, self._file_of[site.id])
+            fd = await self._descriptor(shadow, self._sites.file(site))
             start = record.address & -_PAGE
             taken = range(start, (record.address + _INSTRUCTION_MAX + _PAGE - 1) & -_PAGE)
             offset = site.offset - record.address + start
@@ -356,7 +239,7 @@ class Probes:
         """Return a shadow's descriptor of a file that it is shown. The caller holds its lock."""
         fd = shadow.probed.descriptors.get(number)
         if fd is None:
-            self._agent.put(shadow.task, 0, _name(number) + b"\0")
+            self._agent.put(shadow.task, 0, shown_at(number) + b"\0")
             wish = (Sys.OPENAT, _AT_FDCWD, shadow.task.virtual(), os.O_RDONLY | os.O_CLOEXEC, 0)
             [low] = await self._pump.call(shadow.task, [wish])
             if low < 0:
@@ -366,7 +249,3 @@ class Probes:
             if fd >= 0:
                 shadow.probed.descriptors[number] = fd
         return fd
-
-
-def _name(number: int) -> bytes:
-    return _DIRECTORY + b"/%d" % number

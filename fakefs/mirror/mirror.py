@@ -18,7 +18,8 @@ from fakefs.mirror.calls import Level
 from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
-from fakefs.mirror.hits import Probes
+from fakefs.mirror.hits import Hits
+from fakefs.mirror.probesites import ProbeSites
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.queue import Died, Looks, Queue
 from fakefs.mirror.records import (
@@ -66,7 +67,8 @@ class Mirror:
         self._files = FileCalls(shadows, self._processes, paths)
         self._transfers = Transfers(shadows, self._processes, paths)
         self._queue = Queue(in_order=shadows.pump.deterministic)
-        self._probes = Probes(shadows, self._processes, host_files, self._tell)
+        self._sites = ProbeSites(shadows, host_files, self._tell)
+        self._hits = Hits(shadows, self._processes, self._sites)
         self._taken = self._done = 0  # records, since the beginning
         self._arrived = trio.Event()
         self._finished = trio.Event()
@@ -88,7 +90,7 @@ class Mirror:
             while packet := self._socket.recv(PACKET_MAX):
                 match record := decode(packet):
                     case Placed(number):
-                        self._probes.placed(number)
+                        self._sites.placed(number)
                     case Site() | Sites():
                         pass  # are for the recorder
                     case _:
@@ -144,7 +146,7 @@ class Mirror:
             case Transfer():
                 await self._transfers.make(record)
             case Hit():
-                await self._probes.hit(record)
+                await self._hits.make(record)
             case Descriptors():
                 await self._transfers.keep(record)
             case Birth():
@@ -184,7 +186,7 @@ class Mirror:
 
     async def uprobes_changed(self, tid: int) -> None:
         """Return when the programs of the host will hit the uprobes that there are now."""
-        await self._probes.changed(tid)
+        await self._sites.changed(tid)
 
     async def _tell(self, packet: Site | Sites) -> None:
         data = encode(packet)

@@ -79,6 +79,8 @@ class Uprobes:
     def hit(self, notification: Notification, waits: Callable[[], bool]) -> Iterator[Hit]:
         """Yield what a call of a trampoline or a return stub tells, if somebody wants it. Raises OSError."""
         number, frame, address = notification.arguments[:3]
+        if number != RETURN and number not in self._sites:
+            return
         saved = read_memory(notification.tid, frame, SAVED_SIZE)
         if len(saved) != SAVED_SIZE:
             return
@@ -92,9 +94,7 @@ class Uprobes:
                 wanted = [site for site in self._sites.values() if probe in (site.id, 0)]
             else:
                 registers["sp"] = stack
-                returns, wanted = Returns.NOT, [site for site in self._sites.values() if number == site.id]
-                if not wanted:
-                    return
+                returns, wanted = Returns.NOT, [self._sites[number]]
             registers["ip"] = address
             memory = Memory(process.read, _MEMORY_MAX)
             memory.look(registers["sp"], _STACK_SHOWN)
