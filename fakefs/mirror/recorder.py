@@ -7,7 +7,6 @@ When the daemon is gone it goes on letting calls go on.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
@@ -20,6 +19,8 @@ from functools import partial
 from typing import NamedTuple
 
 from fakefs.mirror import credentials, openfiles, refused, signals, trampoline
+from fakefs.mirror.arguments import AT_FDCWD, Arguments, argv_at, room, signed, string_at
+from fakefs.mirror.births import Image, read_birth, read_image
 from fakefs.mirror.calls import BY_NUMBER, Call, Level
 from fakefs.mirror.endpoints import FAMILIES, Endpoints
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
@@ -30,7 +31,6 @@ from fakefs.mirror.records import (
     Exit,
     Files,
     Name,
-    PathArgument,
     Placed,
     Plain,
     Program,
@@ -41,23 +41,15 @@ from fakefs.mirror.records import (
     decode,
     encode,
 )
-from fakefs.mirror.seccomp import Listener, Notification, read_memory, read_string
+from fakefs.mirror.seccomp import Listener, Notification, read_memory
 from fakefs.mirror.uprobes import Uprobes
 
-_AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
-_AT_SYMLINK_NOFOLLOW = 0x100
 _TIMER_ABSTIME = 1
 _P_PIDFD = 3
-_OPEN_HOW = struct.Struct("<QQQ")
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
-_ARGV_MAX, _ARGUMENT_MAX = 16, 256
 _GENERATIONS = 64
-
-
-Image = tuple[bytes, ...]
-"""Where stack, code, heap and arguments of a program begin: at random places in each."""
 
 
 class Thread(NamedTuple):
@@ -97,6 +89,7 @@ class Recorder:
         self._paths = paths
         self._uprobes = uprobes
         self._endpoints = Endpoints()
+        self._arguments = Arguments(paths)
         self._outside = outside
         self._level = level
         self._in_flight = in_flight
@@ -231,7 +224,7 @@ class Recorder:
         elif special is not None:
             yield from special(notification, call)
         else:
-            yield from self._files(notification, call)
+            yield self._arguments.files(notification, call)
 
     def _births(self, tid: int) -> Iterator[Birth]:
         """The birth of a thread, after those of its ancestors that were not seen either."""
@@ -258,12 +251,12 @@ class Recorder:
         """Asked for, for each directory in PATH: it has become one when it makes its first call."""
         arguments = notification.arguments
         at = 1 if call.name == "execveat" else 0
-        text = _text(notification.tid, arguments[at])
-        directory = _signed(arguments[0]) if at else _AT_FDCWD
+        text = string_at(notification.tid, arguments[at])
+        directory = signed(arguments[0]) if at else AT_FDCWD
         if at and not text and arguments[4] & _AT_EMPTY_PATH:
             text = os.readlink(f"/proc/{notification.tid}/fd/{directory}")
-        file, cwd = self._path(notification.tid, directory, text, follow=True)
-        argv = list(_argv(notification.tid, arguments[at + 1]))
+        file, cwd = self._arguments.path(notification.tid, directory, text, follow=True)
+        argv = list(argv_at(notification.tid, arguments[at + 1]))
         program = Program(notification.tid, file, argv, cwd)
         self._programs[notification.tid] = _Execve(program, read_image(notification.tid))
         return ()
@@ -316,14 +309,14 @@ class Recorder:
         )
 
     def _plain(self, notification: Notification, call: Call) -> Iterator[Record]:
-        yield Plain(notification.tid, call.number, [_signed(each) for each in notification.arguments[:3]])
+        yield Plain(notification.tid, call.number, [signed(each) for each in notification.arguments[:3]])
 
     def _socket(self, notification: Notification, call: Call) -> Iterator[Record]:
         if notification.arguments[0] in FAMILIES:
             yield from self._plain(notification, call)
 
     def _signal(self, notification: Notification, call: Call) -> Iterator[Record]:
-        target = _signed(notification.arguments[1 if call.name == "tgkill" else 0])
+        target = signed(notification.arguments[1 if call.name == "tgkill" else 0])
         if target > 0 and target not in self._threads:
             birth = read_birth(target)
             if birth is not None and birth.parent in self._threads:
@@ -335,9 +328,9 @@ class Recorder:
         tid, values = notification.tid, notification.arguments
         yield from self._unseen_children(self._threads[tid].tgid, tid)
         if call.name == "wait4":
-            yield Wait(tid, call.number, [_signed(values[0]), _room(values[1]), _signed(values[2]), _room(values[3])])
+            yield Wait(tid, call.number, [signed(values[0]), room(values[1]), signed(values[2]), room(values[3])])
         elif values[0] != _P_PIDFD:
-            numbers = [_signed(values[0]), _signed(values[1]), _room(values[2]), _signed(values[3]), _room(values[4])]
+            numbers = [signed(values[0]), signed(values[1]), room(values[2]), signed(values[3]), room(values[4])]
             yield Wait(tid, call.number, numbers)
 
     def _sleep(self, notification: Notification, call: Call) -> Iterator[Record]:
@@ -352,143 +345,3 @@ class Recorder:
             duration -= time.clock_gettime_ns(clock)
         if 0 <= ns < 10**9 and 0 <= duration < 1 << 62:
             yield Sleep(notification.tid, clock if clock in _CLOCKS or clock is None else 1, duration)
-
-    # ---- files
-
-    def _files(self, notification: Notification, call: Call) -> Iterator[Record]:
-        arguments: list[int | None] = []
-        paths: list[PathArgument] = []
-        tid, directory, cwd = notification.tid, _AT_FDCWD, ""
-        follow_all = not self._refuses_links(notification, call)
-        kernels = call.name in ("chdir", "fchdir")
-        number = call.number
-        for letter, value in zip(call.arguments, notification.arguments, strict=False):
-            if letter == "i":
-                arguments.append(_signed(value))
-            elif letter == "D":
-                directory = _signed(value)
-                arguments.append(_AT_FDCWD)
-            elif letter in "PL":
-                follow = letter == "P" and follow_all
-                path, relative_to = self._path(tid, directory, _text(tid, value), follow=follow, kernels=kernels)
-                cwd, directory = relative_to or cwd, _AT_FDCWD
-                paths.append(path)
-                arguments.append(None)
-            elif letter == "b":
-                arguments.append(-1)
-            elif letter == "T":
-                paths.append(PathArgument(_text(tid, value), []))
-                arguments.append(None)
-            elif letter == "F":
-                path, _ = self._path(tid, _AT_FDCWD, _descriptor(tid, _signed(value)), follow=False, kernels=kernels)
-                paths.append(path)
-                arguments.append(None)
-            elif letter == "H":
-                flags, mode, _ = _OPEN_HOW.unpack(read_memory(tid, value, _OPEN_HOW.size))
-                number = _OPENAT
-                arguments += [flags & 0x7FFFFFFF, mode & 0o7777]
-        for path in paths:
-            for entry in path.entries[-1:]:
-                self._paths.forget(entry.path)
-        yield Files(tid, number, arguments, paths, cwd)
-
-    @staticmethod
-    def _refuses_links(notification: Notification, call: Call) -> bool:
-        arguments = notification.arguments
-        if call.name in ("open", "openat"):
-            flags = arguments[call.arguments.index("i")]
-            return bool(flags & os.O_NOFOLLOW) or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL
-        at = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3}.get(call.name)
-        return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
-
-    def _path(
-        self, tid: int, directory: int, text: str, *, follow: bool, kernels: bool = False
-    ) -> tuple[PathArgument, str]:
-        """Return a path argument, and the working directory if it is relative to that.
-
-        A path that is relative to another directory is made absolute.
-        """
-        cwd = ""
-        if not text:
-            raise NotMirrored
-        if text.startswith("/"):
-            whole = text
-        elif directory == _AT_FDCWD:
-            cwd = os.readlink(f"/proc/{tid}/cwd")
-            whole = f"{cwd}/{text}"
-        else:
-            whole = text = f"{_descriptor(tid, directory)}/{text}"
-        if not whole.startswith("/") or cwd.endswith(" (deleted)"):
-            raise NotMirrored
-        return PathArgument(text, self._paths.look(whole, follow=follow, kernels=kernels)), cwd
-
-
-_OPENAT = 257
-
-
-def _descriptor(tid: int, fd: int) -> str:
-    """Return the path of an open file of a process."""
-    path = os.readlink(f"/proc/{tid}/fd/{fd}")
-    if not path.startswith("/") or path.endswith(" (deleted)"):
-        raise NotMirrored
-    return path
-
-
-def _text(tid: int, address: int) -> str:
-    text = read_string(tid, address)
-    if text is None:
-        raise NotMirrored
-    return os.fsdecode(text)
-
-
-def _argv(tid: int, address: int) -> Iterator[str]:
-    """Yield the first arguments of a program, cut where they are long."""
-    for index in range(_ARGV_MAX):
-        word = read_memory(tid, address + 8 * index, 8)
-        if len(word) < 8 or word == bytes(8):
-            return
-        yield os.fsdecode(read_memory(tid, int.from_bytes(word, "little"), _ARGUMENT_MAX).split(b"\0")[0])
-
-
-def _room(address: int) -> int | None:
-    return None if address else 0
-
-
-def _signed(value: int) -> int:
-    """Return an int argument, of which the upper half of the register says nothing."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
-
-
-def read_birth(tid: int) -> Birth | None:
-    """Return what /proc says of a thread; None when it has ended."""
-    try:
-        with open(f"/proc/{tid}/status", "rb") as file:
-            text = file.read(4096)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESRCH):
-            raise
-        return None
-    return parse_birth(tid, text)
-
-
-def parse_birth(tid: int, text: bytes) -> Birth | None:
-    """Parse /proc/TID/status. Raises ValueError, when it is something else."""
-    fields = dict(line.split(b":\t", 1) for line in text.split(b"\n") if b":\t" in line)
-    if b"Umask" not in fields or fields.get(b"State", b"Z")[:1] in b"ZX":
-        return None  # it is ending: that it has given up already
-    if not {b"Tgid", b"PPid", b"Name"} <= fields.keys():
-        raise ValueError("not /proc/TID/status")
-    tgid, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
-    return Birth(tid, tgid, parent if tgid == tid else tgid, os.fsdecode(fields[b"Name"]), int(fields[b"Umask"], 8))
-
-
-def read_image(tid: int) -> Image | None:
-    """Return what tells a thread's memory from another program's; None when that cannot be known."""
-    try:
-        with open(f"/proc/{tid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        image = (fields[23], fields[25], *fields[44:46])  # startcode, startstack, start_brk, arg_start: proc(5)
-    except (OSError, IndexError):
-        return None
-    return None if image[1] == b"0" else image  # hidden

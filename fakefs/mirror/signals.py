@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from fakefs.mirror.arguments import signed
 from fakefs.mirror.calls import Call
 from fakefs.mirror.records import Signal
 from fakefs.mirror.seccomp import Notification
@@ -18,7 +19,7 @@ _STATUS_MAX = 8192
 
 def sent(notification: Notification, call: Call, groups: Mapping[int, int]) -> Signal:
     """Return the record of a call. `groups`: the thread groups of all threads that are mirrored."""
-    arguments = [_signed(value) for value in notification.arguments[: 3 if call.name == "tgkill" else 2]]
+    arguments = [signed(value) for value in notification.arguments[: 3 if call.name == "tgkill" else 2]]
     *_, target, number = arguments
     if call.name == "kill":
         to = list(receivers(groups[notification.tid], target, sorted(set(groups.values()))))
@@ -58,8 +59,3 @@ def caught(status: bytes) -> int:
     if not found:
         raise ValueError("not /proc/PID/status")
     return int(rest.split(b"\n")[0], 16)
-
-
-def _signed(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value

@@ -9,7 +9,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakefs.mirror.recorder import parse_birth, read_birth
+from fakefs.mirror.births import parse_birth, read_birth
 from fakefs.mirror.records import Birth
 
 

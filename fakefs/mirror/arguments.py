@@ -1,0 +1,134 @@
+"""What the arguments of a call say: read from the memory of its thread, and from /proc.
+
+A thread can change its memory while it is read: all of it has bounds, and what it refers to is looked at once.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+
+from fakefs.mirror.calls import Call
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.records import Files, PathArgument
+from fakefs.mirror.seccomp import Notification, read_memory, read_string
+
+AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
+_OPENAT = 257
+_OPEN_HOW = struct.Struct("<QQQ")
+_ARGV_MAX, _ARGUMENT_MAX = 16, 256
+
+
+class Arguments:
+    """Reads those that are paths, or have to do with paths. `paths` knows what the daemon was told of."""
+
+    def __init__(self, paths: HostPaths) -> None:
+        self._paths = paths
+
+    def files(self, notification: Notification, call: Call) -> Files:
+        """Return the record of a call with paths in it."""
+        arguments: list[int | None] = []
+        paths: list[PathArgument] = []
+        tid, directory, cwd = notification.tid, AT_FDCWD, ""
+        follow_all = not self._refuses_links(notification, call)
+        kernels = call.name in ("chdir", "fchdir")
+        number = call.number
+        for letter, value in zip(call.arguments, notification.arguments, strict=False):
+            if letter == "i":
+                arguments.append(signed(value))
+            elif letter == "D":
+                directory = signed(value)
+                arguments.append(AT_FDCWD)
+            elif letter in "PL":
+                follow = letter == "P" and follow_all
+                path, relative_to = self.path(tid, directory, string_at(tid, value), follow=follow, kernels=kernels)
+                cwd, directory = relative_to or cwd, AT_FDCWD
+                paths.append(path)
+                arguments.append(None)
+            elif letter == "b":
+                arguments.append(-1)
+            elif letter == "T":
+                paths.append(PathArgument(string_at(tid, value), []))
+                arguments.append(None)
+            elif letter == "F":
+                path, _ = self.path(tid, AT_FDCWD, _descriptor(tid, signed(value)), follow=False, kernels=kernels)
+                paths.append(path)
+                arguments.append(None)
+            elif letter == "H":
+                flags, mode, _ = _OPEN_HOW.unpack(read_memory(tid, value, _OPEN_HOW.size))
+                number = _OPENAT
+                arguments += [flags & 0x7FFFFFFF, mode & 0o7777]
+        for path in paths:
+            for entry in path.entries[-1:]:
+                self._paths.forget(entry.path)
+        return Files(tid, number, arguments, paths, cwd)
+
+    @staticmethod
+    def _refuses_links(notification: Notification, call: Call) -> bool:
+        arguments = notification.arguments
+        if call.name in ("open", "openat"):
+            flags = arguments[call.arguments.index("i")]
+            return bool(flags & os.O_NOFOLLOW) or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL
+        at = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3}.get(call.name)
+        return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
+
+    def path(
+        self, tid: int, directory: int, text: str, *, follow: bool, kernels: bool = False
+    ) -> tuple[PathArgument, str]:
+        """Return a path argument, and the working directory if it is relative to that.
+
+        A path that is relative to another directory is made absolute.
+        """
+        cwd = ""
+        if not text:
+            raise NotMirrored
+        if text.startswith("/"):
+            whole = text
+        elif directory == AT_FDCWD:
+            cwd = os.readlink(f"/proc/{tid}/cwd")
+            whole = f"{cwd}/{text}"
+        else:
+            whole = text = f"{_descriptor(tid, directory)}/{text}"
+        if not whole.startswith("/") or cwd.endswith(" (deleted)"):
+            raise NotMirrored
+        return PathArgument(text, self._paths.look(whole, follow=follow, kernels=kernels)), cwd
+
+
+def _descriptor(tid: int, fd: int) -> str:
+    """Return the path of an open file of a process."""
+    path = os.readlink(f"/proc/{tid}/fd/{fd}")
+    if not path.startswith("/") or path.endswith(" (deleted)"):
+        raise NotMirrored
+    return path
+
+
+def string_at(tid: int, address: int) -> str:
+    """Return the string at an address. Raises NotMirrored when there is none."""
+    text = read_string(tid, address)
+    if text is None:
+        raise NotMirrored
+    return os.fsdecode(text)
+
+
+def argv_at(tid: int, address: int) -> Iterator[str]:
+    """Yield the first arguments of a program, cut where they are long."""
+    for index in range(_ARGV_MAX):
+        word = read_memory(tid, address + 8 * index, 8)
+        if len(word) < 8 or word == bytes(8):
+            return
+        yield os.fsdecode(read_memory(tid, int.from_bytes(word, "little"), _ARGUMENT_MAX).split(b"\0")[0])
+
+
+def room(address: int) -> int | None:
+    """Return what a record has for an address at which an answer is wanted, or for none."""
+    return None if address else 0
+
+
+def signed(value: int) -> int:
+    """Return an int argument, of which the upper half of the register says nothing."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
