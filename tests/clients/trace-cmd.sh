@@ -26,12 +26,12 @@ expect "report of what was extracted" 'sched_switch: ' trace-cmd report
 trace-cmd reset
 expect "reset has reset" '^0$' cat "$tracing"/events/sched/sched_switch/enable
 
-# Each line is a read(2) of the guest's: so many events must be in the file.
+# Each line is an open(2) of the guest's; so are those of libraries, by which the shell begins.
 loop='for ((i = 0; i < 200; i++)); do read -r line; done < <(yes); for ((i = 0; i < 200; i++)); do
 	read -r line </sys/kernel/tracing/tracing_on; done'
 for way in "" --nosplice; do
 	trace-cmd record $way -e syscalls:sys_enter_openat bash -c "$loop" >/dev/null
-	expect "record ${way:-with splice}: opens, none lost" '^(20[0-9]|21[0-9])$' sh -c \
+	expect "record ${way:-with splice}: opens, none lost" '^2[0-9][0-9]$' sh -c \
 		"trace-cmd report 2>&1 | grep -c 'bash-.*sys_enter_openat'"
 done
 
