@@ -192,7 +192,10 @@ class Process:
         if len(os.listdir(f"/proc/{self._tid}/task")) != 1:
             raise OSError("several threads")
         with open(f"/proc/{self._tid}/syscall", "rb") as file:
-            pointer = int(file.read(256).split()[-2], 16)
+            words = file.read(256).split()
+        if len(words) < 3:
+            raise OSError("it waits no more")
+        pointer = int(words[-2], 16)
         data = b""
         for start, end in self._writable():
             if start <= pointer < end and end - pointer < _STACK_MAX:
