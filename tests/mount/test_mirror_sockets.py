@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from tests.mount.conftest import Run
@@ -12,9 +14,9 @@ _TALK = """
 import os, socket, sys
 family, address = eval(sys.argv[1])
 listening = socket.socket(family)
+listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listening.bind(address)
 listening.listen()
-address = listening.getsockname() if family == socket.AF_INET else address
 child = os.fork()
 if child == 0:
     listening.close()
@@ -33,11 +35,19 @@ print(question.decode(), status)
 """
 
 
+def _free_port(kind: int) -> int:
+    """A port that nobody has at the moment: which one the kernel chooses for a program, the guest does not know."""
+    with socket.socket(socket.AF_INET, kind) as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 @pytest.mark.parametrize(
     ("family", "address", "function"),
-    [("AF_INET", '("127.0.0.1", 34567)', "tcp_sendmsg"), ("AF_UNIX", '"socket"', "unix_stream_sendmsg")],
+    [("AF_INET", '("127.0.0.1", PORT)', "tcp_sendmsg"), ("AF_UNIX", '"socket"', "unix_stream_sendmsg")],
 )
 def test_a_server_and_a_client(mirrored: Run, family: str, address: str, function: str) -> None:
+    address = address.replace("PORT", str(_free_port(socket.SOCK_STREAM)))
     done = mirrored(
         SETUP
         + f"""
@@ -63,8 +73,8 @@ def test_what_the_guest_has_no_network_for(mirrored: Run) -> None:
     program = """
 import socket
 one, two = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-one.bind(("127.0.0.1", 34568))
-two.sendto(b"datagram", ("127.0.0.1", 34568))
+one.bind(("127.0.0.1", PORT))
+two.sendto(b"datagram", ("127.0.0.1", PORT))
 print(one.recvfrom(100)[0])
 two.settimeout(5)
 try:
@@ -76,6 +86,7 @@ a, b = socket.socketpair()
 a.send(b"pair")
 print(b.recv(100))
 """
+    program = program.replace("PORT", str(_free_port(socket.SOCK_DGRAM)))
     done = mirrored(
         SETUP
         + f"""
