@@ -110,6 +110,7 @@ bench: setup kernel ## measure; the numbers go to build/bench.json
 lint: setup ## ruff, mypy --strict, and shellcheck if it is installed
 	@status=0
 	$(BIN)/ruff check -q . || status=1
+	$(BIN)/ruff format -q --check . || { echo 'run ruff format'; status=1; }
 	$(BIN)/mypy --no-error-summary || status=1
 	if command -v shellcheck >/dev/null; then
 		scripts=$$(grep -rlsE '^#!.*[/ ](ba|da)?sh( |$$)' --include='*.sh' --include=run .ci examples bench tests || true)

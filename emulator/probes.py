@@ -238,9 +238,7 @@ class Wprobe(Probe):
 
     def _arm(self) -> None:
         watchpoints = self._probes._watchpoints()
-        self._number = watchpoints.add(
-            self.address, self.length, self.access, Kind.STOP, self._probes._token_of(self)
-        )
+        self._number = watchpoints.add(self.address, self.length, self.access, Kind.STOP, self._probes._token_of(self))
 
     def _disarm(self) -> None:
         self._probes._watchpoints().remove(self._number)

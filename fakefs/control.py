@@ -99,9 +99,7 @@ class Connection:
 class Control:
     """The daemon's end."""
 
-    def __init__(
-        self, mountpoint: Path, pump: Pump, shadows: Shadows, files: GuestFiles, filesystem: bytes
-    ) -> None:
+    def __init__(self, mountpoint: Path, pump: Pump, shadows: Shadows, files: GuestFiles, filesystem: bytes) -> None:
         self._path = runtime.socket_path(mountpoint)
         self._pump = pump
         self._shadows = shadows

@@ -102,9 +102,7 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(
-    shadows: Shadows, files: GuestFiles, records: socket.socket, level: Level, nursery: trio.Nursery
-) -> None:
+def _mirror(shadows: Shadows, files: GuestFiles, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
     import resource
 
     from fakefs.mirror.mirror import Mirror

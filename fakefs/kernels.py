@@ -66,8 +66,7 @@ def installed() -> list[Kernel]:
         if link.is_symlink():
             suites.setdefault(os.readlink(link), []).append(link.name.removeprefix("suite-"))
     found = [
-        Kernel(path.parent.name, path, tuple(suites.get(path.parent.name, ())), path == default)
-        for path in _versions()
+        Kernel(path.parent.name, path, tuple(suites.get(path.parent.name, ())), path == default) for path in _versions()
     ]
     found.sort(key=lambda kernel: _numbers(kernel.version), reverse=True)
     if default and not any(kernel.default for kernel in found):

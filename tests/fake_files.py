@@ -115,9 +115,7 @@ class FakeFiles:
         assert isinstance(file, FakeOpen)
         file.node.openers -= 1
 
-    async def read(
-        self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt
-    ) -> bytes:
+    async def read(self, caller: Caller, file: OpenFile, offset: int, size: int, flags: int, intr: Interrupt) -> bytes:
         assert isinstance(file, FakeOpen)
         node = file.node
         if node.kind == "pipe":
@@ -156,9 +154,7 @@ class FakeFiles:
         data, node.data = node.data[:size], node.data[size:]
         return data
 
-    async def write(
-        self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt
-    ) -> int:
+    async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
         assert isinstance(file, FakeOpen)
         node = file.node
         if node.kind.startswith("write:"):
@@ -205,9 +201,7 @@ class FakeFiles:
         else:
             raise fail("EINVAL")
 
-    async def poll(
-        self, caller: Caller, file: OpenFile, events: int, notify: Callable[[], None] | None
-    ) -> int:
+    async def poll(self, caller: Caller, file: OpenFile, events: int, notify: Callable[[], None] | None) -> int:
         assert isinstance(file, FakeOpen)
         ready = 0x1 | 0x4 | 0x40 | 0x100
         if file.node.kind == "pipe" and not file.node.data:

@@ -113,9 +113,7 @@ class Watchpoints:
         """Return the STOP hits of the instruction a run has just ended behind (Stop.WATCH)."""
         watch = self._core.watch
         hits = [
-            Hit(
-                hit.token, hit.address, hit.length, hit.ip, hit.next_ip, hit.watched, hit.old, Access(hit.access)
-            )
+            Hit(hit.token, hit.address, hit.length, hit.ip, hit.next_ip, hit.watched, hit.old, Access(hit.access))
             for hit in watch.hits[: watch.nhits]
             if hit.kind == Kind.STOP
         ]

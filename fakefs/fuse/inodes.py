@@ -124,7 +124,7 @@ class Inodes:
         if number is None or number == ROOT:
             return
         for below in self._subtree(old, number):
-            moved = new + below[len(old):]
+            moved = new + below[len(old) :]
             inode = self._by_number[self._by_path.pop(below)]
             inode.path = moved
             self._by_path[moved] = inode.number

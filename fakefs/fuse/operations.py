@@ -404,5 +404,3 @@ class GuestOperations(pyfuse3.Operations):
 def _is_name(name: bytes) -> bool:
     """Whether the kernel would take `name` from a listing; one bad name would make it refuse them all."""
     return 0 < len(name) <= NAME_MAX and b"/" not in name and b"\0" not in name and name not in (b".", b"..")
-
-

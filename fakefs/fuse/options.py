@@ -60,6 +60,7 @@ def _number(word: str, value: str, base: int, largest: int) -> int:
     digits = "01234567" if base == 8 else "0123456789"
     if not 0 < len(value) <= 12 or value.strip(digits) or (number := int(value, base)) > largest:
         kind = "an octal mode" if base == 8 else "a number"
-        raise UserError(f"mount option {word!r}: not {kind} (0 to {format(largest, 'o' if base == 8 else 'd')})",
-                        exit_status=2)
+        raise UserError(
+            f"mount option {word!r}: not {kind} (0 to {format(largest, 'o' if base == 8 else 'd')})", exit_status=2
+        )
     return number

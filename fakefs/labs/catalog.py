@@ -1,13 +1,13 @@
 """Labs as they lie on disk: which there are, and what a lab's directory has to have.
 
-    lab.toml     title, level, minutes; modules, parameters, secret, answer
-    README.md    the text for the student
-    hints.md     hints, divided by lines of ---
-    check        shell script that grades: see prelude.sh
-    solution     shell script: what a student would type
-    setup        optional: shell script that is run in the tracefs before the student comes
-    workload     optional: shell script that runs inside the guest until the lab ends
-    *.c, *.h     optional: modules, built for the kernel in use and loaded before the setup
+lab.toml     title, level, minutes; modules, parameters, secret, answer
+README.md    the text for the student
+hints.md     hints, divided by lines of ---
+check        shell script that grades: see prelude.sh
+solution     shell script: what a student would type
+setup        optional: shell script that is run in the tracefs before the student comes
+workload     optional: shell script that runs inside the guest until the lab ends
+*.c, *.h     optional: modules, built for the kernel in use and loaded before the setup
 """
 
 from __future__ import annotations

@@ -130,5 +130,3 @@ def signed(value: int) -> int:
     """Return an int argument, of which the upper half of the register says nothing."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >> 31 else value
-
-

@@ -30,6 +30,7 @@ _ENTRIES = (64, 16)  # of a table of return addresses: as deep as the kernel goe
 _FAR = (1 << 31) - (1 << 24)
 _RED_ZONE = 128
 
+
 class Mapped(NamedTuple):
     """A private mapping of code. `end` and `start` are addresses, `offset` is in the file."""
 

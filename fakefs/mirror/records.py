@@ -216,19 +216,7 @@ class Sites(NamedTuple):
 
 
 Record = (
-    Birth
-    | Program
-    | Descriptors
-    | Exit
-    | Name
-    | Sleep
-    | Plain
-    | Wait
-    | Signal
-    | Credentials
-    | Files
-    | Transfer
-    | Hit
+    Birth | Program | Descriptors | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer | Hit
 )
 Packet = Record | Placed | Site | Sites
 _KINDS: dict[str, type[Packet]] = {kind.__name__: kind for kind in get_args(Packet)}

@@ -23,8 +23,7 @@ from fakefs.syscalls import AT_FDCWD, Sys
 
 _TO_A_NUMBER = frozenset(NUMBER[name] for name in ("dup2", "dup3"))
 _OF_SOCKETS = frozenset(
-    NUMBER[name]
-    for name in ("connect", "bind", "listen", "accept", "accept4", "sendto", "recvfrom", "shutdown")
+    NUMBER[name] for name in ("connect", "bind", "listen", "accept", "accept4", "sendto", "recvfrom", "shutdown")
 )
 _DUPLICATES = _TO_A_NUMBER | {NUMBER["dup"], NUMBER["fcntl"]}
 _MOVES = frozenset(NUMBER[name] for name in ("read", "write", "getdents64"))

@@ -107,7 +107,6 @@ class Uprobes:
         pieces = [(at, base64.b64encode(data).decode()) for at, data in memory.pieces.items()]
         yield Hit(notification.tid, number, address, [*(registers[name] for name in (*SAVED, "sp"))], returns, pieces)
 
-
     def _note_pending(self, tid: int, stack: int, probe: int) -> None:
         if len(self._pending) >= _PENDING_MAX:
             self._pending.clear()

@@ -53,8 +53,7 @@ def add_parsers(commands: Commands) -> None:
         actions,
         "build",
         "build a module from C files, and print where it is",
-        "fakefs module build hello.c\n"
-        'fakefs insmod "$(fakefs module build driver.c driver_events.c)"',
+        'fakefs module build hello.c\nfakefs insmod "$(fakefs module build driver.c driver_events.c)"',
     )
     build.add_argument("source", metavar="FILE.c", type=Path, help="the C file that gives the module its name")
     build.add_argument("more", metavar="MORE.c", type=Path, nargs="*", help="further ones of the same module")

@@ -50,9 +50,7 @@ class DynamicEvents:
 
     async def _define(self, writing: Writing, line: str) -> None:
         per_cpu = "this_cpu_" not in line or "this_cpu_read(" in await self._files.guest_text(TRACEFS + b"/README")
-        wanted = definition.parse(
-            line, self._symbols, self._structs, extended=not self._table.strict, per_cpu=per_cpu
-        )
+        wanted = definition.parse(line, self._symbols, self._structs, extended=not self._table.strict, per_cpu=per_cpu)
         if self._table.find(wanted.group, wanted.event):
             raise wanted.taken(by_wprobe=True)
         if await self._files.exists(TRACEFS + f"/events/{wanted.group}/{wanted.event}".encode()):

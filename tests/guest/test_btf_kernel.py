@@ -86,8 +86,10 @@ def test_every_type_has_a_declaration(btf: Btf) -> None:
 def test_what_users_ask_for(btf: Btf) -> None:
     read = btf.function("vfs_read")
     assert [param.name for param in read.params] == ["file", "buf", "count", "pos"]
-    assert re.fullmatch(r"ssize_t vfs_read\(struct file \*file, char (__user )?\*buf, size_t count, loff_t \*pos\)",
-                        btf.describe(read.id))
+    assert re.fullmatch(
+        r"ssize_t vfs_read\(struct file \*file, char (__user )?\*buf, size_t count, loff_t \*pos\)",
+        btf.describe(read.id),
+    )
     assert btf.describe(btf.member("task_struct", "comm").type, "comm") == "char comm[16]"
     assert btf.enum("pid_type").values["PIDTYPE_TGID"] == 1
     assert btf.sizeof("pt_regs") == 168

@@ -20,10 +20,13 @@ def test_plain_files(fs: Daemon) -> None:
 
 
 def test_offsets_and_short_reads(fs: Daemon) -> None:
-    assert fs.python(
-        "import os; f = os.open('big', os.O_RDONLY)\n"
-        "print(list(os.pread(f, 3, 254)), os.lseek(f, 100, 0), os.read(f, 1))"
-    ) == "[254, 255, 0] 100 b'd'\n"
+    assert (
+        fs.python(
+            "import os; f = os.open('big', os.O_RDONLY)\n"
+            "print(list(os.pread(f, 3, 254)), os.lseek(f, 100, 0), os.read(f, 1))"
+        )
+        == "[254, 255, 0] 100 b'd'\n"
+    )
     assert fs.out("cat short") == "0123456789abcdefghij"
     assert fs.python("print(len(open('long', 'rb', 0).read(1000)))") == "1000\n"
 
@@ -119,12 +122,15 @@ def test_a_removed_directory_is_not_the_new_one(fs: Daemon) -> None:
 
 
 def test_fstat_of_a_removed_file(fs: Daemon) -> None:
-    assert fs.python(
-        "import os\n"
-        "open('control', 'w').write('file gone 1\\n')\n"
-        "f = os.open('gone', os.O_RDONLY); os.unlink('gone')\n"
-        "print(os.fstat(f).st_nlink, os.read(f, 9))\n"
-    ) == "0 b'1'\n"
+    assert (
+        fs.python(
+            "import os\n"
+            "open('control', 'w').write('file gone 1\\n')\n"
+            "f = os.open('gone', os.O_RDONLY); os.unlink('gone')\n"
+            "print(os.fstat(f).st_nlink, os.read(f, 9))\n"
+        )
+        == "0 b'1'\n"
+    )
 
 
 def test_listing(fs: Daemon) -> None:
@@ -134,13 +140,16 @@ def test_listing(fs: Daemon) -> None:
     inodes = fs.out("ls -i many | sort -k2 | head -50")
     assert inodes == fs.out("ls -i many | sort -k2 | head -50")
     assert len({line.split()[0] for line in fs.out("ls -i many").splitlines()}) == 3000
-    assert fs.python(
-        "import os\n"
-        "d = os.scandir('many'); first = next(d).name\n"
-        "for i in range(3000): os.unlink(f'many/f{i}')\n"
-        "rest = [e.name for e in d]\n"  # the listing is the one of opendir
-        "print(len({first, *rest}), os.listdir('many'))\n"
-    ) == "3000 []\n"
+    assert (
+        fs.python(
+            "import os\n"
+            "d = os.scandir('many'); first = next(d).name\n"
+            "for i in range(3000): os.unlink(f'many/f{i}')\n"
+            "rest = [e.name for e in d]\n"  # the listing is the one of opendir
+            "print(len({first, *rest}), os.listdir('many'))\n"
+        )
+        == "3000 []\n"
+    )
     fs.out("rmdir many 2>/dev/null; ls -lR . > /dev/null; find . > /dev/null; du -a . > /dev/null")
 
 

@@ -53,13 +53,16 @@ def test_an_inherited_descriptor_is_interrupted_too(fs: Daemon) -> None:
 
 
 def test_nonblock_set_after_open(fs: Daemon) -> None:
-    assert fs.python(
-        "import os, fcntl\n"
-        "f = os.open('trace_pipe', os.O_RDONLY)\n"
-        "fcntl.fcntl(f, fcntl.F_SETFL, os.O_NONBLOCK)\n"
-        "try: os.read(f, 10)\n"
-        "except BlockingIOError: print('EAGAIN')\n"
-    ) == "EAGAIN\n"
+    assert (
+        fs.python(
+            "import os, fcntl\n"
+            "f = os.open('trace_pipe', os.O_RDONLY)\n"
+            "fcntl.fcntl(f, fcntl.F_SETFL, os.O_NONBLOCK)\n"
+            "try: os.read(f, 10)\n"
+            "except BlockingIOError: print('EAGAIN')\n"
+        )
+        == "EAGAIN\n"
+    )
 
 
 @pytest.mark.parametrize("way", ["poll", "epoll", "select"])
@@ -86,9 +89,10 @@ def test_poll_and_notify(fs: Daemon, way: str) -> None:
 
 
 def test_plain_files_are_always_ready(fs: Daemon) -> None:
-    assert fs.python(
-        "import os, select; f = os.open('big', os.O_RDONLY); print(select.select([f], [], [], 30)[0] == [f])"
-    ) == "True\n"
+    assert (
+        fs.python("import os, select; f = os.open('big', os.O_RDONLY); print(select.select([f], [], [], 30)[0] == [f])")
+        == "True\n"
+    )
 
 
 def test_a_thousand_blocked_readers_do_not_lock_the_mount(tmp_path: Path) -> None:

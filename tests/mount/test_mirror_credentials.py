@@ -101,5 +101,3 @@ input()
     seen = [hit for hit in parse(done.stdout) if hit.event]
     results = [(hit.text.split()[0], int(hit.text.split()[-1], 16) >> 63) for hit in seen]
     assert results == [("sys_setuid", 1), ("sys_setgroups", 1), ("sys_setgid", 0), ("sys_setuid", 0)]
-
-

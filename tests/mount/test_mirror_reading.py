@@ -33,7 +33,7 @@ def test_what_a_program_opens_when_it_starts(mirrored: Run) -> None:
         if hit.event == "sched_process_exec" and hit.fields["filename"] == "/bin/cat":
             seen[hit.pid] = []
         elif hit.event == "opened" and hit.pid in seen:
-            assert hit.fields["comm"] == 'cat', hit
+            assert hit.fields["comm"] == "cat", hit
             seen[hit.pid].append(str(hit.fields["name"]))
     assert len(seen) == 20
     first = next(iter(seen.values()))

@@ -255,9 +255,7 @@ def test_a_module_that_loops_for_ever(tracefs: Tracefs, release: str, fakefs: Co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["bookworm", "stable", "sid"])
-def test_with_other_kernels(
-    suite: str, new_tracefs: Callable[..., FreshTracefs], clock: Path, fakefs: Command
-) -> None:
+def test_with_other_kernels(suite: str, new_tracefs: Callable[..., FreshTracefs], clock: Path, fakefs: Command) -> None:
     tracefs = new_tracefs(kernel=kernels.fetch(suite))
     done = fakefs("insmod", clock, tracefs.path)
     assert (done.returncode, done.stdout) == (0, "")

@@ -27,9 +27,7 @@ def run_pytest(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -
     """Run pytest on a file with this text; return what it prints. Its mounts are gone then."""
 
     plain = {
-        name: value
-        for name, value in environment.items()
-        if name not in _REPORTING and not name.startswith("PYTEST_")
+        name: value for name, value in environment.items() if name not in _REPORTING and not name.startswith("PYTEST_")
     }
 
     def run(text: str, *options: str) -> str:

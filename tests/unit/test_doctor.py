@@ -152,9 +152,7 @@ def test_memory(tmp_path: Path) -> None:
         ("user/max_user_namespaces", "96365", ""),
     ],
 )
-def test_user_namespaces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sysctl: str, value: str, remedy: str
-) -> None:
+def test_user_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sysctl: str, value: str, remedy: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     (tmp_path / sysctl).parent.mkdir()
     (tmp_path / sysctl).write_text(f"{value}\n")
