@@ -68,7 +68,7 @@ static int send_mail(void *number)
 			msleep(10);	/* looks for a stamp */
 			mail_put(sender);
 		}
-		msleep(900);
+		msleep(900 + 130 * sender);	/* were they the same, one could for ever cover up for another */
 	}
 	return 0;
 }
