@@ -10,6 +10,7 @@ static struct task_struct *reader;
 static struct task_struct *senders[3];
 static const char *const names[] = { "anna", "bert", "cleo" };
 static atomic_t letters = ATOMIC_INIT(0);
+static atomic_t wakes = ATOMIC_INIT(0);	/* since the reader went to sleep */
 
 noinline void mail_put(int sender);
 noinline void mail_wake(int sender);
@@ -23,6 +24,7 @@ noinline void mail_put(int sender)
 
 noinline void mail_wake(int sender)
 {
+	atomic_inc(&wakes);
 	wake_up_process(reader);
 }
 
@@ -31,7 +33,7 @@ noinline void mail_sleep(int letters)
 	schedule_timeout(HZ / 5);
 }
 
-/* The reader has slept for long, and then there was a letter: nobody had woken it for that one. */
+/* The reader has slept to the end, and there was a letter: nobody had woken it for that one. */
 noinline void mail_overdue(int letters)
 {
 	barrier();
@@ -40,12 +42,11 @@ noinline void mail_overdue(int letters)
 static int read_mail(void *unused)
 {
 	while (!kthread_should_stop()) {
-		unsigned long begun = jiffies;
-
+		atomic_set(&wakes, 0);
 		set_current_state(TASK_INTERRUPTIBLE);
 		if (!atomic_read(&letters)) {
 			mail_sleep(0);
-			if (atomic_read(&letters) && time_after_eq(jiffies, begun + HZ / 5))
+			if (atomic_read(&letters) && !atomic_read(&wakes))
 				mail_overdue(atomic_read(&letters));
 		}
 		__set_current_state(TASK_RUNNING);
@@ -61,8 +62,10 @@ static int send_mail(void *number)
 	msleep(sender * 300);
 	while (!kthread_should_stop()) {
 		if (strcmp(names[sender], hasty)) {
+			preempt_disable();	/* not even a tick comes between */
 			mail_put(sender);
 			mail_wake(sender);
+			preempt_enable();
 		} else {
 			mail_wake(sender);
 			msleep(10);	/* looks for a stamp */
