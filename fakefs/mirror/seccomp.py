@@ -38,6 +38,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
 _PAGE = 4096
+_STRING = 256
 
 
 class Rule(NamedTuple):
@@ -170,6 +171,8 @@ def read_memory(tid: int, address: int, size: int) -> bytes:
 
 def read_string(tid: int, address: int, limit: int = _PAGE) -> bytes | None:
     """Return the NUL-terminated string at an address of a process; None when there is none, or a longer one."""
-    data = read_memory(tid, address, limit)
-    end = data.find(b"\0")
-    return None if end < 0 else data[:end]
+    for size in (_STRING, limit):  # nearly all are short, and a page takes longer than all else about them
+        data = read_memory(tid, address, min(size, limit))
+        if (end := data.find(b"\0")) >= 0:
+            return data[:end]
+    return None
