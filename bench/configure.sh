@@ -2,6 +2,7 @@
 # Does what configure scripts do, in the working directory: some 200 commands, 60 of them programs. Its output and exit
 # status are the same each time.
 set -u
+export LC_ALL=C LANGUAGE=C # as the scripts that autoconf makes do
 exec 2>&1
 trap 'rm -rf conf.* config.*' EXIT
 
