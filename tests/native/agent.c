@@ -18,13 +18,7 @@ static char *window;
 
 #include "../../emulator/guest/agent.c"
 
-#define CHECK(condition)                                                                  \
-	do {                                                                              \
-		if (!(condition)) {                                                       \
-			printf("%s:%d: not so: %s\n", __func__, __LINE__, #condition);   \
-			exit(1);                                                          \
-		}                                                                         \
-	} while (0)
+#include "check.h"
 
 static struct {
 	jmp_buf out;

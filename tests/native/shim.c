@@ -15,13 +15,7 @@ static void *fake_dlvsym(void *handle, const char *name, const char *version);
 #include <stdio.h>
 #include <stdlib.h>
 
-#define CHECK(condition)                                                                  \
-	do {                                                                              \
-		if (!(condition)) {                                                       \
-			printf("%s:%d: not so: %s\n", __func__, __LINE__, #condition);   \
-			exit(1);                                                          \
-		}                                                                         \
-	} while (0)
+#include "check.h"
 
 static struct fuse_ctx caller = { .uid = 1001, .gid = 1002, .pid = 1003 };
 static struct fuse_lowlevel_ops given; /* to the library, by the shim */
