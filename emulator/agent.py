@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from emulator.cpu.interface import GuestDied, Stop
 from emulator.errors import EmulatorError
@@ -41,6 +41,8 @@ FIRST_FD = 64
 """The first descriptor that is not init's: what the host opens is here and behind."""
 OTHER_ROOT = b"/host"
 """Directory of the guest that is the root directory of processes that stand for those of the host."""
+
+_Item = TypeVar("_Item")
 
 _CALL = struct.Struct("<7qq")
 _CALL_SIZE = _CALL.size
@@ -348,6 +350,23 @@ class Agent:
         self.init.task_struct = task_struct
         self.init.pid = 1
         self.init.asleep = True
+
+
+def slot_batches(
+    items: Iterable[_Item], need: Callable[[_Item], int], room: int, limit: int = SLOT_MAX_CALLS
+) -> Iterator[list[_Item]]:
+    """Divide what is put into a slot: into parts of at most `limit` that `need` at most `room` bytes, or of one."""
+    batch: list[_Item] = []
+    left = room
+    for item in items:
+        needed = need(item)
+        if batch and (needed > left or len(batch) == limit):
+            yield batch
+            batch, left = [], room
+        batch.append(item)
+        left -= needed
+    if batch:
+        yield batch
 
 
 def strings(texts: Iterable[bytes]) -> tuple[bytes, list[int]]:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call
+from emulator.agent import DATA_SIZE, SLOT_MAX_CALLS, Call, slot_batches
 from fakefs.errors import UserError
 from fakefs.files import Caller, Stat
 from fakefs.shadow import Shadow, Shadows
@@ -89,7 +89,8 @@ class GuestNames:
             prefix = path.rstrip(b"/") + b"/"
             found = {name: kept for name in names if (kept := self._kept.get(prefix + name)) is not None}
             missing = [name for name in names if name not in found]
-            for batch in _batches(missing, len(prefix)):
+            # A part's paths and what is said of them are in the slot at the same time.
+            for batch in slot_batches(missing, lambda name: len(prefix) + len(name) + 1, _NAMES_ROOM, _STATX_BATCH):
                 for name, stat in await self._stat_batch(init, prefix, batch):
                     found[name] = self._seen(prefix + name, stat)
         return [(name, found[name]) for name in names if name in found]
@@ -237,18 +238,3 @@ def parse_dirents(data: bytes) -> Iterator[bytes]:
         if name not in (b".", b"..", b"") and b"/" not in name:
             yield name
         at += length
-
-
-def _batches(names: Sequence[bytes], prefix: int) -> Iterator[list[bytes]]:
-    """Divide names so that each part's paths (with a prefix of that length) and results fit the slot."""
-    batch: list[bytes] = []
-    room = _NAMES_ROOM
-    for name in names:
-        need = prefix + len(name) + 1
-        if batch and (len(batch) == _STATX_BATCH or need > room):
-            yield batch
-            batch, room = [], _NAMES_ROOM
-        batch.append(name)
-        room -= need
-    if batch:
-        yield batch

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from emulator.agent import DATA_SIZE, OTHER_ROOT, SLOT_MAX_CALLS, Agent, Call, Task
+from emulator.agent import DATA_SIZE, OTHER_ROOT, Agent, Call, Task, slot_batches
 from fakefs.mirror.records import Entry
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_NOFOLLOW, Sys
@@ -217,19 +217,9 @@ class GuestPaths:
                 await pump.call(init.task, place(pump.agent, init.task, batch))
 
 
-def batches(calls: Sequence[Wish]) -> Iterator[list[Wish]]:
+def batches(calls: Iterable[Wish]) -> Iterator[list[Wish]]:
     """Divide calls into parts that fit a slot."""
-    batch: list[Wish] = []
-    room = _ROOM
-    for call in calls:
-        need = sum(len(each) + 1 for each in call if isinstance(each, bytes))
-        if batch and (need > room or len(batch) == SLOT_MAX_CALLS):
-            yield batch
-            batch, room = [], _ROOM
-        batch.append(call)
-        room -= need
-    if batch:
-        yield batch
+    return slot_batches(calls, lambda call: sum(len(each) + 1 for each in call if isinstance(each, bytes)), _ROOM)
 
 
 def place(agent: Agent, task: Task, calls: Iterable[Wish]) -> list[Call]:
