@@ -9,6 +9,7 @@ accepted, none of which means something else to the series:
     w[SLOTS]:[GRP/][EVENT] [r|w|w!|rw]@...[:LEN]     LEN 1 to 4096 at any address, and arguments of `fetcharg`
 
 SLOTS (1 to 64) is how many objects set_wprobe triggers can have watched at a time, `w!` only what changes the memory.
+`rw@0:8` is `rw@-1:8`, as it was in the series' earlier versions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Access = Literal["r", "w", "rw"]
 
 _LENGTHS = (1, 2, 4, 8)
 MAX_LENGTH = 4096  # of an extended one
+_EARLIER_DUMMY = "rw@0:8"  # for rw@-1:8 in the documentation and tests of the series before its v14; v18 refuses it
 MAX_SLOTS = 64
 _MAX_ARGS = 128  # MAX_TRACE_ARGS
 _MAX_NAME = 64  # MAX_EVENT_NAME_LEN, NUL included
@@ -227,7 +229,7 @@ class _Parser:
 
         place = before[len(access) + 1 :]
         symbol, offset = None, 0
-        dummy = place == "-1"
+        dummy = place == "-1" or (self._extended and spec == _EARLIER_DUMMY)
         address = self._symbols.dummy if dummy else kstrtoul(place)
         if address is None:
             symbol, offset = self._offset(place, column)

@@ -46,6 +46,18 @@ def test_shown(line: str, shown: str) -> None:
         definition.parse(line, Kernel(), Kernel())
 
 
+def test_the_dummy_address_of_earlier_versions() -> None:
+    """Version 18 refuses any 0, and its tests see to it with `w@0:4`."""
+    defined = define("w:watch rw@0:8 address=$addr")
+    assert (defined.dummy, defined.address) == (True, Kernel.dummy)
+    assert defined.show() == "w:wprobes/watch rw@-1:8 address=$addr"
+    with pytest.raises(ProbeError):
+        definition.parse("w:watch rw@0:8", Kernel(), Kernel())
+    for line in ("w w@0:4", "w w@0:8", "w rw@0", "w rw@0x0:8"):
+        with pytest.raises(ProbeError):
+            define(line)
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [
