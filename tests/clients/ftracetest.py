@@ -8,7 +8,11 @@ Writes ftracetest.tsv: each test, its result here, at which level of mirroring, 
 (ftracetest-real-kernel.tsv), and the reason for a difference (ftracetest-reasons.tsv). Tests that are named, by their
 paths in test.d, replace their rows alone.
 
+With --tests, tests of yours are run instead, each .tc file in that directory: such as those of a series of patches,
+whose text is in no package. The table stays as it is.
+
     python -m tests.clients.ftracetest [TEST...]
+    python -m tests.clients.ftracetest --tests DIR [--suite SUITE] [--wprobe strict] [TEST...]
 """
 
 from __future__ import annotations
@@ -61,24 +65,26 @@ class Suite(NamedTuple):
     """ftracetest: the directory it is in, and the kernel of the same version."""
 
     directory: Path
+    tests_in: Path
     kernel: Path
+    wprobe: str = "unlimited"
 
     @classmethod
     def fetch(cls) -> Suite:
         """Raises AptError."""
         kernel = kernels.fetch(SUITE)
         version = ".".join(kernel.parent.name.split(".")[:2])
-        return cls(_source(version, BUILD), kernel)
+        directory = _source(version, BUILD)
+        return cls(directory, directory / "test.d", kernel)
 
     def tests(self, names: list[str]) -> list[str]:
-        """The paths of tests in test.d, sorted: those that begin with one of `names`, all if there are none."""
-        root = self.directory / "test.d"
-        known = sorted(str(path.relative_to(root)) for path in root.rglob("*.tc"))
+        """The paths of tests in `tests_in`, sorted: those that begin with one of `names`, all if there are none."""
+        known = sorted(str(path.relative_to(self.tests_in)) for path in self.tests_in.rglob("*.tc"))
         return [test for test in known if not names or any(test.startswith(name) for name in names)]
 
     def in_order(self, tests: list[str]) -> list[str]:
         """The names of tests as ftracetest runs them: those that can be are run once more in an instance."""
-        texts = {test: (self.directory / "test.d" / test).read_text() for test in tests}
+        texts = {test: (self.tests_in / test).read_text() for test in tests}
         again = [test for test, text in texts.items() if re.search(r"^#[ \t]*flags:.*instance", text, re.M)]
         return [*tests, *(test + _INSTANCE for test in again)]
 
@@ -124,8 +130,9 @@ def results(lines: Iterable[str], names: list[str]) -> Iterator[tuple[str, str, 
 
 def run(suite: Suite, tests: list[str], mirror: str) -> Iterator[tuple[str, str, str]]:
     """Run tests in one view; yield as `results()` does, those in an instance too."""
-    argv = [sys.executable, "-m", "fakefs.cli", "run", "--mirror", mirror, "--kernel", str(suite.kernel), "--"]
-    argv += ["unshare", "-n", "sh", "-c", _INSIDE, "sh", str(BUILD / "logs"), *(f"test.d/{test}" for test in tests)]
+    argv = [sys.executable, "-m", "fakefs.cli", "run", "--mirror", mirror, "--wprobe", suite.wprobe]
+    argv += ["--kernel", str(suite.kernel), "--", "unshare", "-n", "sh", "-c", _INSIDE, "sh", str(BUILD / "logs")]
+    argv += [str(suite.tests_in / test) for test in tests]
     with subprocess.Popen(
         argv, cwd=suite.directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
     ) as process:
@@ -142,7 +149,10 @@ def table(path: Path) -> dict[str, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("tests", metavar="TEST", nargs="*", help="00basic/basic1.tc, a directory of them ...")
+    parser.add_argument("names", metavar="TEST", nargs="*", help="00basic/basic1.tc, a directory of them ...")
+    parser.add_argument("--tests", metavar="DIR", type=Path, help="run the tests in there, and show their results only")
+    parser.add_argument("--suite", metavar="SUITE", help="with --tests: the Debian suite of another kernel for them")
+    parser.add_argument("--wprobe", metavar="MODE", default="unlimited", help="with --tests: as of fakefs run")
     arguments = parser.parse_args()
     missing = [package for program, package in PROGRAMS.items() if not which(program)]
     if missing:
@@ -154,9 +164,15 @@ def main() -> int:
         print(f"ftracetest: {error}", file=sys.stderr)
         return 1
     begun = time.monotonic()
-    rows = table(HERE / "ftracetest.tsv") if arguments.tests else {}
+    if arguments.tests:
+        kernel = kernels.fetch(arguments.suite) if arguments.suite else suite.kernel
+        theirs = suite._replace(tests_in=arguments.tests.absolute(), kernel=kernel, wprobe=arguments.wprobe)
+        for name, description, result in run(theirs, theirs.tests(arguments.names), "files"):
+            print(f"{result:12} {name}: {description}")
+        return 0
+    rows = table(HERE / "ftracetest.tsv") if arguments.names else {}
     real = table(HERE / "ftracetest-real-kernel.tsv")
-    views = [(suite.tests(arguments.tests), LEVELS[0])]
+    views = [(suite.tests(arguments.names), LEVELS[0])]
     while views:
         tests, level = views.pop(0)
         failed: dict[str, None] = {}
