@@ -170,6 +170,10 @@ class Agent:
             raise ValueError("outside the slot's data area")
         return self.machine.memory.read(self.physical(task) + SLOT_DATA + offset, size)
 
+    def runs(self, task: Task) -> bool:
+        """Is this the task that the guest, stopped in its kernel, runs?"""
+        return self.facts is not None and self._current_task(self.facts, "gs_base") == task.task_struct
+
     # ---- death
 
     def _task_dies(self) -> bool:

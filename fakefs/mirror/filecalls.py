@@ -118,9 +118,9 @@ class FileCalls:
             case "open" | "openat" | "creat" if not there.mode:
                 paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions))
             case "open" | "openat" | "creat" if self._flags(record) & os.O_TRUNC:
-                paths.resized(there.path, 0)
+                paths.changed(there.path, size=0)
             case "truncate" | "ftruncate":
-                paths.resized(there.path, numbers[-1])
+                paths.changed(there.path, size=numbers[-1])
             case "mkdir" | "mkdirat":
                 paths.created(there._replace(mode=stat.S_IFDIR | numbers[-1] & permissions))
             case "mknod" | "mknodat":
@@ -136,8 +136,10 @@ class FileCalls:
             case "link" | "linkat":
                 paths.linked(before[0].path, there.path)
             case "chmod" | "fchmod" | "fchmodat":
-                mode = numbers[-1] & 0o7777
-                paths.created(there._replace(mode=stat.S_IFMT(there.mode) | mode))
+                paths.changed(there.path, permissions=numbers[-1])
+            case "chown" | "lchown" | "fchown" | "fchownat":
+                uid, gid = numbers[-3:-1] if name == "fchownat" else numbers[-2:]
+                paths.owned(there.path, uid, gid)
             case "chdir":
                 shadow.cwd = there.path
             case "fchdir":

@@ -1,7 +1,7 @@
 """The guest's files below the root directory of mirrored processes, made equal to the host's where a call looks.
 
-All that is there was put there by us or by calls that were mirrored, so what is there is known: `known` needs no
-question to the guest. What differs is changed by the guest's init, before the call.
+All that is there was put there by us or by calls that were mirrored, so what is there is known without asking the
+guest. What differs is changed by the guest's init, before the call.
 
 They take a part of the guest's memory and no more: where that is full, files are removed that were made first, and made
 again when they are looked at; what was written to files is forgotten, and reads as zeros.
@@ -15,17 +15,17 @@ from collections.abc import Iterable, Iterator
 
 from emulator.agent import DATA_SIZE, OTHER_ROOT, Agent, Call, Task, slot_batches
 from fakefs.mirror.records import Entry
+from fakefs.mirror.sizes import Sizes
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_NOFOLLOW, Sys
 
 _STUB = b"/stub"
 _PERMISSIONS = 0o7777
-_INIT_UMASK = 0o022
+_NOT_BY_MAKING = 0o7022
+"""Permissions that init's umask takes away, or that chown(2) does."""
 _ROOM = DATA_SIZE - 0x1000
-_GUESTS_OWN = ("/dev/", "/proc", "/sys")
-"""What begins with this is the guest's own, below the root directory of mirrored processes too."""
-
-
+_GUESTS_OWN = ("/dev/", "/proc/", "/sys/")
+"""These are the guest's own, below the root directory of mirrored processes too."""
 _RAM_PER_FILE = 16384
 """Bytes of the guest's RAM for each file that may be there; the kernel's limit for such a root is 8192."""
 _PAGE = 4096
@@ -38,15 +38,28 @@ def _inside(path: str) -> bytes:
     return OTHER_ROOT + os.fsencode(path)
 
 
-class GuestPaths:
-    """What there is in the guest, by path on the host. With `sized`, files have the host's sizes."""
+class _Inode:
+    """A file of the guest's; each of its names has the same. `written`: where what was written to it ends, bytes."""
 
-    def __init__(self, shadows: Shadows, *, sized: bool) -> None:
+    __slots__ = ("gid", "mode", "size", "stub", "target", "uid", "written")
+
+    def __init__(self, entry: Entry, *, stub: bool = False) -> None:
+        _, self.mode, self.uid, self.gid, self.size, self.target = entry
+        self.stub = stub
+        self.written = 0
+
+    def is_like(self, entry: Entry) -> bool:
+        """Can it become what the host has?"""
+        return stat.S_IFMT(self.mode) == stat.S_IFMT(entry.mode) and self.target == entry.target
+
+
+class GuestPaths:
+    """What there is in the guest, by path on the host."""
+
+    def __init__(self, shadows: Shadows, sizes: Sizes) -> None:
         self._shadows = shadows
-        self._sized = sized
-        self.known: dict[str, Entry] = {}
-        self._stubs: set[str] = set()
-        self._ends: dict[str, int] = {}  # of what was written to files, bytes
+        self._sizes = sizes
+        self._known: dict[str, _Inode] = {}
         self._calls: list[Wish] = []
         ram = shadows.pump.machine.ram_size
         self._files_most = self._files_full = ram // _RAM_PER_FILE
@@ -56,61 +69,57 @@ class GuestPaths:
 
     def created(self, entry: Entry) -> None:
         """A call has made what `entry` says."""
-        self.known[entry.path] = entry
+        self._known[entry.path] = _Inode(entry)
 
     def removed(self, path: str) -> None:
         """A call has removed what was at a path."""
         for each in self._below(path):
-            del self.known[each]
-            self._stubs.discard(each)
-            self._ends.pop(each, None)
+            del self._known[each]
 
     def renamed(self, old: str, new: str, *, exchanged: bool) -> None:
         """A call has renamed a file or a directory, or exchanged two."""
         moving = [(old, new)] + ([(new, old)] if exchanged else [])
-        taken = [self._take(path) for path, _ in moving]
+        taken = [{each: self._known.pop(each) for each in self._below(path)} for path, _ in moving]
         if not exchanged:
             self.removed(new)
-        for (old_path, new_path), (entries, stubs, ends) in zip(moving, taken, strict=True):
-            for path, entry in entries.items():
-                moved = new_path + path[len(old_path) :]
-                self.known[moved] = entry._replace(path=moved)
-                if path in stubs:
-                    self._stubs.add(moved)
-                if path in ends:
-                    self._ends[moved] = ends[path]
-
-    def _take(self, path: str) -> tuple[dict[str, Entry], set[str], dict[str, int]]:
-        entries = {each: self.known[each] for each in self._below(path)}
-        stubs, ends = self._stubs & entries.keys(), {each: self._ends[each] for each in self._ends.keys() & entries}
-        self.removed(path)
-        return entries, stubs, ends
+        for (old_path, new_path), inodes in zip(moving, taken, strict=True):
+            for path, inode in inodes.items():
+                self._known[new_path + path[len(old_path) :]] = inode
 
     def linked(self, old: str, new: str) -> None:
         """A call has given a file a second name."""
-        if old in self.known:
-            self.known[new] = self.known[old]._replace(path=new)
-            if old in self._stubs:
-                self._stubs.add(new)
+        if old in self._known:
+            self._known[new] = self._known[old]
 
-    def resized(self, path: str, size: int) -> None:
-        """A call has given a file another size, bytes."""
-        if path in self.known:
-            self.known[path] = self.known[path]._replace(size=size)
+    def changed(self, path: str, *, permissions: int | None = None, size: int | None = None) -> None:
+        """A call has given a file other permissions, or another size in bytes."""
+        inode = self._known.get(path)
+        if inode is not None and permissions is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | permissions & _PERMISSIONS
+        if inode is not None and size is not None:
+            inode.size = size
+
+    def owned(self, path: str, uid: int, gid: int) -> None:
+        """A call has given a file other owners; -1 leaves one as it is."""
+        inode = self._known.get(path)
+        if inode is not None:
+            inode.uid, inode.gid = (new if new >= 0 else old for new, old in ((uid, inode.uid), (gid, inode.gid)))
 
     def written(self, path: str, start: int, size: int) -> None:
         """A call has written bytes to a file, which take memory of the guest until they are too many."""
-        if path in self.known:
-            self.resized(path, max(self.known[path].size, start + size))
-        self._ends[path] = max(self._ends.get(path, 0), start + size)
+        inode = self._known.get(path)
+        if inode is None:
+            return
+        inode.size = max(inode.size, start + size)
+        inode.written = max(inode.written, start + size)
         self._content += size + 2 * _PAGE
         if self._content > self._content_most:
-            for each, end in self._ends.items():
-                self._call(Sys.TRUNCATE, _inside(each), 0)
-                size = max(end, self.known[each].size if each in self.known else 0)
-                self._call(Sys.TRUNCATE, _inside(each), size)
+            for each, inode in self._known.items():
+                if inode.written:
+                    self._call(Sys.TRUNCATE, _inside(each), 0)
+                    self._call(Sys.TRUNCATE, _inside(each), inode.size)
+                    inode.written = 0
             self._content = 0
-            self._ends.clear()
 
     # ---- making equal
 
@@ -120,7 +129,7 @@ class GuestPaths:
         entry = None
         for entry in entries:
             self._equal(entry)
-        if entry is not None and writes and entry.path in self._stubs:
+        if entry is not None and writes and (inode := self._known.get(entry.path)) is not None and inode.stub:
             self._remove(entry.path)
             self._create(entry)
         await self._flush()
@@ -130,76 +139,73 @@ class GuestPaths:
         *above, entry = entries
         for each in above:
             self._equal(each)
-        if entry.path not in self._stubs:
+        if (inode := self._known.get(entry.path)) is None or not inode.stub:
             self._remove(entry.path)
             self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0)
-            self._stubs.add(entry.path)
-            self.known[entry.path] = entry
+            self._known[entry.path] = _Inode(entry, stub=True)
         await self._flush()
 
     def _equal(self, entry: Entry) -> None:
         """Queue the calls that make the guest's file what the host's is."""
-        known = self.known.get(entry.path)
-        if known is not None and (
-            stat.S_IFMT(known.mode) != stat.S_IFMT(entry.mode) or known.target != entry.target or not entry.mode
-        ):
+        inode = self._known.get(entry.path)
+        if inode is not None and not inode.is_like(entry):
             self._remove(entry.path)
-            known = None
-        if known is None:
-            has_room = len(self.known) < self._files_most * 3 // 2
-            if entry.mode and entry.path != "/" and not entry.path.startswith(_GUESTS_OWN) and has_room:
+            inode = None
+        if inode is None:
+            has_room = len(self._known) < self._files_most * 3 // 2
+            if entry.mode and entry.path != "/" and not f"{entry.path}/".startswith(_GUESTS_OWN) and has_room:
                 self._create(entry)
-        elif entry.path not in self._stubs and not stat.S_ISLNK(entry.mode):
-            if known.mode != entry.mode:
-                self._call(Sys.FCHMODAT, AT_FDCWD, _inside(entry.path), entry.mode & _PERMISSIONS)
-            if known.size != entry.size and self._sized:
-                self._call(Sys.TRUNCATE, _inside(entry.path), entry.size)
-            self.known[entry.path] = known._replace(mode=entry.mode, size=entry.size)
+        elif not inode.stub:
+            path = _inside(entry.path)
+            owned = inode.uid == entry.uid and inode.gid == entry.gid
+            if not owned:
+                self._call(Sys.FCHOWNAT, AT_FDCWD, path, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW)
+            if not stat.S_ISLNK(entry.mode) and (inode.mode != entry.mode or not owned):
+                self._call(Sys.FCHMODAT, AT_FDCWD, path, entry.mode & _PERMISSIONS)
+            if inode.size != entry.size:
+                self._call(Sys.TRUNCATE, path, entry.size)
+            _, inode.mode, inode.uid, inode.gid, inode.size, _ = entry
 
     def _make_room(self) -> None:
         """Queue the removal of files, when there are many; links and directories are told of only once."""
-        if len(self.known) < self._files_full:
+        if len(self._known) < self._files_full:
             return
-        files = [path for path, entry in self.known.items() if stat.S_ISREG(entry.mode) and path not in self._stubs]
+        files = [path for path, inode in self._known.items() if stat.S_ISREG(inode.mode) and not inode.stub]
         for path in files[: self._files_most // 4]:
             self._remove(path)
-        self._files_full = max(self._files_most, len(self.known) + self._files_most // 16)
+        self._files_full = max(self._files_most, len(self._known) + self._files_most // 16)
 
     def _create(self, entry: Entry) -> None:
         mode, permissions = entry.mode, entry.mode & _PERMISSIONS
         path = _inside(entry.path)
         if stat.S_ISLNK(mode):
             self._call(Sys.SYMLINKAT, os.fsencode(entry.target), AT_FDCWD, path)
+        elif stat.S_ISDIR(mode):
+            self._call(Sys.MKDIRAT, AT_FDCWD, path, permissions)
         else:
-            if stat.S_ISDIR(mode):
-                self._call(Sys.MKDIRAT, AT_FDCWD, path, permissions)
-            else:
-                self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0)
-                if self._sized and entry.size:
-                    self._call(Sys.TRUNCATE, path, entry.size)
-            if permissions & (_INIT_UMASK | 0o7000):
-                self._call(Sys.FCHMODAT, AT_FDCWD, path, permissions)
+            self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0)
+        if entry.size:
+            self._call(Sys.TRUNCATE, path, entry.size)
         if entry.uid or entry.gid:
             self._call(Sys.FCHOWNAT, AT_FDCWD, path, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW)
-        self.known[entry.path] = entry
+        if not stat.S_ISLNK(mode) and permissions & _NOT_BY_MAKING:
+            self._call(Sys.FCHMODAT, AT_FDCWD, path, permissions)
+        self._known[entry.path] = _Inode(entry)
 
     def _remove(self, path: str) -> None:
         """Queue the removal of what is known to be at a path, and below."""
         for each in sorted(self._below(path), reverse=True):
-            entry = self.known.pop(each)
-            self._stubs.discard(each)
-            self._ends.pop(each, None)
-            flags = AT_REMOVEDIR if stat.S_ISDIR(entry.mode) else 0
+            flags = AT_REMOVEDIR if stat.S_ISDIR(self._known.pop(each).mode) else 0
             self._call(Sys.UNLINKAT, AT_FDCWD, _inside(each), flags)
 
     def _below(self, path: str) -> list[str]:
-        entry = self.known.get(path)
-        if entry is None:
+        inode = self._known.get(path)
+        if inode is None:
             return []
-        if not stat.S_ISDIR(entry.mode):
+        if not stat.S_ISDIR(inode.mode):
             return [path]
         prefix = path + "/"
-        return [each for each in self.known if each == path or each.startswith(prefix)]
+        return [each for each in self._known if each == path or each.startswith(prefix)]
 
     # ---- calls of init's
 
@@ -213,8 +219,9 @@ class GuestPaths:
             return
         init, pump = self._shadows.init, self._shadows.pump
         async with init.lock:
-            for batch in batches(calls):
-                await pump.call(init.task, place(pump.agent, init.task, batch))
+            with self._sizes.setting():
+                for batch in batches(calls):
+                    await pump.call(init.task, place(pump.agent, init.task, batch))
 
 
 def batches(calls: Iterable[Wish]) -> Iterator[list[Wish]]:

@@ -44,7 +44,9 @@ from fakefs.mirror.records import (
     decode,
     encode,
 )
+from fakefs.mirror.sizes import SizeFacts, Sizes
 from fakefs.mirror.transfers import Transfers
+from fakefs.prepare import noted
 from fakefs.shadow import Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -60,7 +62,9 @@ class Mirror:
     ) -> None:
         self._socket = records
         records.setblocking(False)
-        paths = GuestPaths(shadows, sized=level >= Level.ALL)
+        guest, facts = shadows.pump.guest, noted(shadows.pump.guest, "sizes")
+        sizes = Sizes(guest, shadows.init.task, SizeFacts.from_json(facts) if facts else None)
+        paths = GuestPaths(shadows, sizes)
         self._shadows = shadows
         self._processes = Processes(shadows, paths, nursery, self._note_death, reaped=level >= Level.ALL)
         self._delivery = Delivery(shadows, self._processes)

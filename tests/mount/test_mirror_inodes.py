@@ -1,0 +1,114 @@
+"""What probes find in the inode of a mirrored file: the host's size, mode, owners, and of several names the same."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fakefs.records import Record
+from tests.mount.conftest import Run
+from tests.mount.mirrored import GUEST, SETUP, SHOW, hits
+
+# Offsets in struct dentry and struct inode, the same in Debian's kernels from 6.1 to 7.2.
+_INODE, _NAME, _SIZE = 0x30, 0x28, 0x50
+_PROBES = f"""
+    echo 'p:gone vfs_unlink name=+0(+{_NAME}($arg3)):string size=+{_SIZE}(+{_INODE}($arg3)):s64' > kprobe_events
+    echo 'p:truncated do_truncate name=+0(+{_NAME}($arg2)):string size=+{_SIZE}(+{_INODE}($arg2)):s64' >> kprobe_events
+    echo 'p:truncates vfs_truncate' >> kprobe_events
+    on kprobes
+    cd "$OLDPWD"
+"""
+
+
+def sizes(seen: list[Record]) -> dict[str, int]:
+    """Return the sizes that files had when rm removed them, by their names."""
+    return {
+        str(hit.fields["name"]): int(str(hit.fields["size"])) for hit in seen if (hit.event, hit.task) == ("gone", "rm")
+    }
+
+
+@pytest.mark.parametrize("mirror", ["files", "all"])
+def test_probes_see_the_hosts_sizes(mirrored: Run, tmp_path: Path, mirror: str) -> None:
+    """However a file got its size, and though nobody told of the writes; and who sets it does not show."""
+    (tmp_path / "there").write_text("hello")
+    done = mirrored(
+        SETUP
+        + _PROBES
+        + """
+        cat there > /dev/null; rm there
+        echo aaaa > twice; echo bb > twice; echo cc >> twice; rm twice
+        printf %05000d > moved; mkdir dir; mv moved dir/here; rm dir/here
+        : > empty; rm empty
+        echo text > one; ln one other; echo more > one; echo else >> other; rm one; rm other
+        truncate -s 3T sparse; rm sparse
+        """
+        + SHOW,
+        mirror,
+    )
+    seen = hits(done)
+    expected = {"there": 5, "twice": 6, "here": 5000, "empty": 0, "one": 10, "other": 10, "sparse": 3 << 40}
+    assert sizes(seen) == expected
+    truncated = [(hit.fields["name"], hit.fields["size"], hit.task) for hit in seen if hit.event == "truncated"]
+    assert truncated[:2] == [("twice", 5, "bash"), ("one", 5, "bash")]
+    assert {hit.task for hit in seen if hit.event != "gone"} == {"bash", "truncate"}
+    assert "truncates" not in {hit.event for hit in seen}
+
+
+def test_a_size_that_others_change(mirrored: Run, tmp_path: Path) -> None:
+    """Nothing tells of it: it grows, shrinks, and is gone entirely when the file is looked at."""
+    for name in ("grows", "shrinks", "empties"):
+        (tmp_path / name).write_text("hello")
+    (tmp_path / "changes").write_text(
+        """
+        until [ -e ready ]; do sleep 0.01; done
+        truncate -s 1000 grows; truncate -s 2 shrinks; truncate -s 0 empties; touch changed
+        """
+    )
+    with subprocess.Popen(["sh", "changes"], cwd=tmp_path):
+        done = mirrored(
+            SETUP
+            + _PROBES
+            + """
+            cat grows shrinks empties > /dev/null
+            touch ready; until [ -e changed ]; do :; done
+            cat grows shrinks empties > /dev/null; rm grows shrinks empties
+            """
+            + SHOW
+        )
+    assert sizes(hits(done)) == {"grows": 1000, "shrinks": 2, "empties": 0}
+
+
+_FILES = "there copy plain program sticky group fifo link"
+_LISTING = f"stat -c '%n %f %u %g' {_FILES}; stat -c '%n %s' there copy plain"
+
+
+def test_modes_and_owners(mirrored: Run, tmp_path: Path) -> None:
+    """As they are, and as they become, with the bits that chown(2) takes away."""
+    there = tmp_path / "there"
+    there.write_text("hello")
+    if os.geteuid() == 0:
+        os.chown(there, 7, 8)
+    there.chmod(0o6755)
+    done = mirrored(
+        GUEST
+        + f"""
+        printf 12345 > plain; chmod 640 plain; cp -p there copy; : > program; chmod 4755 program
+        mkdir -m 1777 sticky; mkdir -m 2750 group; mkfifo -m 600 fifo; ln -s plain link
+        for i in 1 2; do
+            {_LISTING}
+            guest sh -c "cd /host$PWD; {_LISTING}"
+            chmod 604 plain; chown 7:8 plain program copy 2> /dev/null
+        done
+        """,
+        "all",
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    host, guest, host_then, guest_then = (lines[at : at + 11] for at in range(0, 44, 11))
+    assert guest == host
+    assert guest_then == host_then
+    assert host[0].startswith(f"there {stat.S_IFREG | 0o6755:x} ")
