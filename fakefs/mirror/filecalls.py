@@ -10,6 +10,7 @@ import stat
 
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
+from fakefs.mirror.inodes import Inode
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.queue import Looks
 from fakefs.mirror.records import Entry, Files
@@ -50,11 +51,12 @@ class FileCalls:
             await self._paths.make(path.entries, writes=writes)
         async with shadow.lock:
             calls, main = self._calls(shadow, record)  # here: a file of the mount may be closed until now
-            results = await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, calls))
+            with self._paths.inodes.made_by(shadow.task) as made:
+                results = await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, calls))
         if record.cwd:
             shadow.cwd = record.cwd
         if results[main] >= 0:
-            self._effects(shadow, record, before)
+            self._effects(shadow, record, before, made)
 
     async def look(self, looks: Looks) -> None:
         """Make several calls of a thread that change nothing, in one go."""
@@ -108,7 +110,7 @@ class FileCalls:
             return os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         return record.arguments[2 if record.number == NUMBER["openat"] else 1] or 0
 
-    def _effects(self, shadow: Mirrored, record: Files, before: list[Entry]) -> None:
+    def _effects(self, shadow: Mirrored, record: Files, before: list[Entry], made: list[Inode]) -> None:
         """Note what a call that succeeded has done to the guest's files."""
         paths, name = self._paths, BY_NUMBER[record.number].name
         numbers = [word or 0 for word in record.arguments]
@@ -116,7 +118,7 @@ class FileCalls:
         permissions = ~shadow.umask & 0o7777
         match name:
             case "open" | "openat" | "creat" if not there.mode:
-                paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions))
+                paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions), made)
             case "open" | "openat" | "creat" if self._flags(record) & os.O_TRUNC:
                 paths.changed(there.path, size=0)
             case "truncate" | "ftruncate":
@@ -125,7 +127,7 @@ class FileCalls:
                 paths.created(there._replace(mode=stat.S_IFDIR | numbers[-1] & permissions))
             case "mknod" | "mknodat":
                 kind = stat.S_IFMT(numbers[-2]) or stat.S_IFREG
-                paths.created(there._replace(mode=kind | numbers[-2] & permissions))
+                paths.created(there._replace(mode=kind | numbers[-2] & permissions), made)
             case "symlink" | "symlinkat":
                 paths.created(there._replace(mode=stat.S_IFLNK | 0o777, target=record.paths[0].text))
             case "unlink" | "unlinkat" | "rmdir":

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from emulator.agent import DATA_SIZE, OTHER_ROOT, Agent, Call, Task, slot_batches
+from fakefs.mirror.inodes import Inode, Inodes
 from fakefs.mirror.records import Entry
-from fakefs.mirror.sizes import Sizes
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_NOFOLLOW, Sys
 
@@ -38,15 +38,16 @@ def _inside(path: str) -> bytes:
     return OTHER_ROOT + os.fsencode(path)
 
 
-class _Inode:
+class _File:
     """A file of the guest's; each of its names has the same. `written`: where what was written to it ends, bytes."""
 
-    __slots__ = ("gid", "mode", "size", "stub", "target", "uid", "written")
+    __slots__ = ("gid", "inode", "mode", "size", "stub", "target", "uid", "written")
 
     def __init__(self, entry: Entry, *, stub: bool = False) -> None:
         _, self.mode, self.uid, self.gid, self.size, self.target = entry
         self.stub = stub
         self.written = 0
+        self.inode: Inode | None = None
 
     def is_like(self, entry: Entry) -> bool:
         """Can it become what the host has?"""
@@ -56,20 +57,24 @@ class _Inode:
 class GuestPaths:
     """What there is in the guest, by path on the host."""
 
-    def __init__(self, shadows: Shadows, sizes: Sizes) -> None:
+    def __init__(self, shadows: Shadows, inodes: Inodes) -> None:
         self._shadows = shadows
-        self._sizes = sizes
-        self._known: dict[str, _Inode] = {}
+        self.inodes = inodes
+        self._known: dict[str, _File] = {}
         self._calls: list[Wish] = []
+        self._names: list[_File | None] = []
+        self._resized: dict[str, _File] = {}
         ram = shadows.pump.machine.ram_size
         self._files_most = self._files_full = ram // _RAM_PER_FILE
         self._content_most, self._content = ram // 8, 0  # bytes
 
     # ---- what mirrored calls do
 
-    def created(self, entry: Entry) -> None:
-        """A call has made what `entry` says."""
-        self._known[entry.path] = _Inode(entry)
+    def created(self, entry: Entry, made: Sequence[Inode] = ()) -> None:
+        """A call has made what `entry` says, and (`made`) these inodes."""
+        file = self._known[entry.path] = _File(entry)
+        if len(made) == 1:
+            file.inode = made[0]
 
     def removed(self, path: str) -> None:
         """A call has removed what was at a path."""
@@ -82,9 +87,9 @@ class GuestPaths:
         taken = [{each: self._known.pop(each) for each in self._below(path)} for path, _ in moving]
         if not exchanged:
             self.removed(new)
-        for (old_path, new_path), inodes in zip(moving, taken, strict=True):
-            for path, inode in inodes.items():
-                self._known[new_path + path[len(old_path) :]] = inode
+        for (old_path, new_path), files in zip(moving, taken, strict=True):
+            for path, file in files.items():
+                self._known[new_path + path[len(old_path) :]] = file
 
     def linked(self, old: str, new: str) -> None:
         """A call has given a file a second name."""
@@ -93,32 +98,32 @@ class GuestPaths:
 
     def changed(self, path: str, *, permissions: int | None = None, size: int | None = None) -> None:
         """A call has given a file other permissions, or another size in bytes."""
-        inode = self._known.get(path)
-        if inode is not None and permissions is not None:
-            inode.mode = stat.S_IFMT(inode.mode) | permissions & _PERMISSIONS
-        if inode is not None and size is not None:
-            inode.size = size
+        file = self._known.get(path)
+        if file is not None and permissions is not None:
+            file.mode = stat.S_IFMT(file.mode) | permissions & _PERMISSIONS
+        if file is not None and size is not None:
+            file.size = size
 
     def owned(self, path: str, uid: int, gid: int) -> None:
         """A call has given a file other owners; -1 leaves one as it is."""
-        inode = self._known.get(path)
-        if inode is not None:
-            inode.uid, inode.gid = (new if new >= 0 else old for new, old in ((uid, inode.uid), (gid, inode.gid)))
+        file = self._known.get(path)
+        if file is not None:
+            file.uid, file.gid = (new if new >= 0 else old for new, old in ((uid, file.uid), (gid, file.gid)))
 
     def written(self, path: str, start: int, size: int) -> None:
         """A call has written bytes to a file, which take memory of the guest until they are too many."""
-        inode = self._known.get(path)
-        if inode is None:
+        file = self._known.get(path)
+        if file is None:
             return
-        inode.size = max(inode.size, start + size)
-        inode.written = max(inode.written, start + size)
+        file.size = max(file.size, start + size)
+        file.written = max(file.written, start + size)
         self._content += size + 2 * _PAGE
         if self._content > self._content_most:
-            for each, inode in self._known.items():
-                if inode.written:
+            for each, file in self._known.items():
+                if file.written:
                     self._call(Sys.TRUNCATE, _inside(each), 0)
-                    self._call(Sys.TRUNCATE, _inside(each), inode.size)
-                    inode.written = 0
+                    self._resized[each] = file
+                    file.written = 0
             self._content = 0
 
     # ---- making equal
@@ -129,7 +134,7 @@ class GuestPaths:
         entry = None
         for entry in entries:
             self._equal(entry)
-        if entry is not None and writes and (inode := self._known.get(entry.path)) is not None and inode.stub:
+        if entry is not None and writes and (file := self._known.get(entry.path)) is not None and file.stub:
             self._remove(entry.path)
             self._create(entry)
         await self._flush()
@@ -139,58 +144,58 @@ class GuestPaths:
         *above, entry = entries
         for each in above:
             self._equal(each)
-        if (inode := self._known.get(entry.path)) is None or not inode.stub:
+        if (file := self._known.get(entry.path)) is None or not file.stub:
             self._remove(entry.path)
-            self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0)
-            self._known[entry.path] = _Inode(entry, stub=True)
+            file = self._known[entry.path] = _File(entry, stub=True)
+            self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0, names=file)
         await self._flush()
 
     def _equal(self, entry: Entry) -> None:
         """Queue the calls that make the guest's file what the host's is."""
-        inode = self._known.get(entry.path)
-        if inode is not None and not inode.is_like(entry):
+        file = self._known.get(entry.path)
+        if file is not None and not file.is_like(entry):
             self._remove(entry.path)
-            inode = None
-        if inode is None:
+            file = None
+        if file is None:
             has_room = len(self._known) < self._files_most * 3 // 2
             if entry.mode and entry.path != "/" and not f"{entry.path}/".startswith(_GUESTS_OWN) and has_room:
                 self._create(entry)
-        elif not inode.stub:
+        elif not file.stub:
             path = _inside(entry.path)
-            owned = inode.uid == entry.uid and inode.gid == entry.gid
+            owned = file.uid == entry.uid and file.gid == entry.gid
             if not owned:
                 self._call(Sys.FCHOWNAT, AT_FDCWD, path, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW)
-            if not stat.S_ISLNK(entry.mode) and (inode.mode != entry.mode or not owned):
+            if not stat.S_ISLNK(entry.mode) and (file.mode != entry.mode or not owned):
                 self._call(Sys.FCHMODAT, AT_FDCWD, path, entry.mode & _PERMISSIONS)
-            if inode.size != entry.size:
-                self._call(Sys.TRUNCATE, path, entry.size)
-            _, inode.mode, inode.uid, inode.gid, inode.size, _ = entry
+            if file.size != entry.size:
+                self._resized[entry.path] = file
+            _, file.mode, file.uid, file.gid, file.size, _ = entry
 
     def _make_room(self) -> None:
         """Queue the removal of files, when there are many; links and directories are told of only once."""
         if len(self._known) < self._files_full:
             return
-        files = [path for path, inode in self._known.items() if stat.S_ISREG(inode.mode) and not inode.stub]
+        files = [path for path, file in self._known.items() if stat.S_ISREG(file.mode) and not file.stub]
         for path in files[: self._files_most // 4]:
             self._remove(path)
         self._files_full = max(self._files_most, len(self._known) + self._files_most // 16)
 
     def _create(self, entry: Entry) -> None:
         mode, permissions = entry.mode, entry.mode & _PERMISSIONS
-        path = _inside(entry.path)
+        path, file = _inside(entry.path), _File(entry)
         if stat.S_ISLNK(mode):
             self._call(Sys.SYMLINKAT, os.fsencode(entry.target), AT_FDCWD, path)
         elif stat.S_ISDIR(mode):
             self._call(Sys.MKDIRAT, AT_FDCWD, path, permissions)
         else:
-            self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0)
+            self._call(Sys.MKNODAT, AT_FDCWD, path, mode, 0, names=file if stat.S_ISREG(mode) else None)
         if entry.size:
-            self._call(Sys.TRUNCATE, path, entry.size)
+            self._resized[entry.path] = file
         if entry.uid or entry.gid:
             self._call(Sys.FCHOWNAT, AT_FDCWD, path, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW)
         if not stat.S_ISLNK(mode) and permissions & _NOT_BY_MAKING:
             self._call(Sys.FCHMODAT, AT_FDCWD, path, permissions)
-        self._known[entry.path] = _Inode(entry)
+        self._known[entry.path] = file
 
     def _remove(self, path: str) -> None:
         """Queue the removal of what is known to be at a path, and below."""
@@ -199,29 +204,42 @@ class GuestPaths:
             self._call(Sys.UNLINKAT, AT_FDCWD, _inside(each), flags)
 
     def _below(self, path: str) -> list[str]:
-        inode = self._known.get(path)
-        if inode is None:
+        file = self._known.get(path)
+        if file is None:
             return []
-        if not stat.S_ISDIR(inode.mode):
+        if not stat.S_ISDIR(file.mode):
             return [path]
         prefix = path + "/"
         return [each for each in self._known if each == path or each.startswith(prefix)]
 
     # ---- calls of init's
 
-    def _call(self, number: Sys, *arguments: int | bytes) -> None:
-        """Queue a call; an argument of bytes is a string whose address is meant."""
+    def _call(self, number: Sys, *arguments: int | bytes, names: _File | None = None) -> None:
+        """Queue a call; an argument of bytes is a string whose address is meant. `names`: a regular file gets one."""
         self._calls.append((number, *arguments))
+        self._names.append(names)
 
     async def _flush(self) -> None:
-        calls, self._calls = self._calls, []
-        if not calls:
-            return
+        """Make the calls that are queued, then give files their sizes; a lost one by a call that shows."""
+        calls, names, resized = self._calls, self._names, self._resized
+        self._calls, self._names, self._resized = [], [], {}
+        if calls:
+            with self.inodes.made_by(self._shadows.init.task) as made:
+                results = await self._init(calls)
+            named = [file for file, result in zip(names, results, strict=True) if file is not None and result == 0]
+            if len(named) == len(made):
+                for file, inode in zip(named, made, strict=True):
+                    file.inode = inode
+        lost = [path for path, file in resized.items() if not self.inodes.set_size(file.inode, file.size)]
+        await self._init([(Sys.TRUNCATE, _inside(path), resized[path].size) for path in lost])
+
+    async def _init(self, calls: list[Wish]) -> list[int]:
         init, pump = self._shadows.init, self._shadows.pump
+        results: list[int] = []
         async with init.lock:
-            with self._sizes.setting():
-                for batch in batches(calls):
-                    await pump.call(init.task, place(pump.agent, init.task, batch))
+            for batch in batches(calls):
+                results += await pump.call(init.task, place(pump.agent, init.task, batch))
+        return results
 
 
 def batches(calls: Iterable[Wish]) -> Iterator[list[Wish]]:

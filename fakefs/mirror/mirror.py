@@ -19,6 +19,7 @@ from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.hits import Hits
+from fakefs.mirror.inodes import InodeFacts, Inodes
 from fakefs.mirror.probesites import ProbeSites
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.queue import Died, Looks, Queue
@@ -44,7 +45,6 @@ from fakefs.mirror.records import (
     decode,
     encode,
 )
-from fakefs.mirror.sizes import SizeFacts, Sizes
 from fakefs.mirror.transfers import Transfers
 from fakefs.prepare import noted
 from fakefs.shadow import Shadow, Shadows
@@ -62,9 +62,8 @@ class Mirror:
     ) -> None:
         self._socket = records
         records.setblocking(False)
-        guest, facts = shadows.pump.guest, noted(shadows.pump.guest, "sizes")
-        sizes = Sizes(guest, shadows.init.task, SizeFacts.from_json(facts) if facts else None)
-        paths = GuestPaths(shadows, sizes)
+        guest, facts = shadows.pump.guest, noted(shadows.pump.guest, "inodes")
+        paths = GuestPaths(shadows, Inodes(guest, InodeFacts.from_json(facts) if facts else None))
         self._shadows = shadows
         self._processes = Processes(shadows, paths, nursery, self._note_death, reaped=level >= Level.ALL)
         self._delivery = Delivery(shadows, self._processes)
