@@ -10,13 +10,18 @@ import struct
 from collections.abc import Iterator
 
 from fakefs.mirror.calls import Call
-from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored, in_name_only
 from fakefs.mirror.records import Files, PathArgument
 from fakefs.mirror.seccomp import Notification, read_memory, read_string
 
 AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _OPENAT = 257
+_OPENS = ("open", "openat", "openat2")
+_GOES = ("chdir", "fchdir")
+_LOOKS = ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat")
+_OF_THE_KERNELS = frozenset((*_OPENS, *_GOES, *_LOOKS))
+"""What is mirrored below /proc, /sys and /dev too."""
 _OPEN_HOW = struct.Struct("<QQQ")
 _ARGV_MAX, _ARGUMENT_MAX = 16, 256
 
@@ -33,7 +38,7 @@ class Arguments:
         paths: list[PathArgument] = []
         tid, directory, cwd = notification.tid, AT_FDCWD, ""
         follow_all = not self._refuses_links(notification, call)
-        kernels = call.name in ("chdir", "fchdir")
+        kernels = call.name in _OF_THE_KERNELS
         number = call.number
         for letter, value in zip(call.arguments, notification.arguments, strict=False):
             if letter == "i":
@@ -63,6 +68,11 @@ class Arguments:
         for path in paths:
             for entry in path.entries[-1:]:
                 self._paths.forget(entry.path)
+                if call.name not in _GOES and self._paths.is_shown(entry.path):
+                    raise NotMirrored
+                if call.name in _OPENS and in_name_only(entry.path):
+                    flags = arguments[len(arguments) - 2] or 0
+                    arguments[len(arguments) - 2] = flags | os.O_PATH
         return Files(tid, number, arguments, paths, cwd)
 
     @staticmethod

@@ -24,11 +24,11 @@ _PERMISSIONS = 0o7777
 _NOT_BY_MAKING = 0o7022
 """Permissions that init's umask takes away, or that chown(2) does."""
 _ROOM = DATA_SIZE - 0x1000
-_GUESTS_OWN = ("/dev/", "/proc/", "/sys/")
-"""These are the guest's own, below the root directory of mirrored processes too."""
 _RAM_PER_FILE = 16384
 """Bytes of the guest's RAM for each file that may be there; the kernel's limit for such a root is 8192."""
 _PAGE = 4096
+
+_GUESTS_OWN = ("/dev/", "/proc/", "/sys/")
 
 Wish = tuple[int | bytes, ...]
 """A system call; strings stand where the call has their address."""
@@ -36,6 +36,11 @@ Wish = tuple[int | bytes, ...]
 
 def _inside(path: str) -> bytes:
     return OTHER_ROOT + os.fsencode(path)
+
+
+def _is_guests_own(path: str) -> bool:
+    """Has the guest this of its own, below the root directory of mirrored processes too? `path` ends with a slash."""
+    return path == "//" or (path.startswith(_GUESTS_OWN) and not path.startswith("/dev/shm/"))
 
 
 class _File:
@@ -158,7 +163,7 @@ class GuestPaths:
             file = None
         if file is None:
             has_room = len(self._known) < self._files_most * 3 // 2
-            if entry.mode and entry.path != "/" and not f"{entry.path}/".startswith(_GUESTS_OWN) and has_room:
+            if entry.mode and has_room and not _is_guests_own(f"{entry.path}/"):
                 self._create(entry)
         elif not file.stub:
             path = _inside(entry.path)

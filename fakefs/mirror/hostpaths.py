@@ -6,16 +6,21 @@ It never looks into the guest's files or the kernel's, and tells each directory 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import deque
+from collections.abc import Iterable
 
 from fakefs.mirror.records import Entry
 
 _LINKS_MAX = 40
 _TOLD_MAX = 1 << 16
-KERNELS = frozenset(("/proc", "/sys"))
+_KERNELS = frozenset(("/proc", "/sys"))
 _DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 """Those that the guest has too, and where opening does no harm."""
+_KEPT = "/dev/shm/"
+_MAGIC = re.compile(r"/proc/[^/]+/(task/[^/]+/)?(cwd|root|exe|(fd|ns|map_files)/.)")
+"""Links that lead to what a process of the guest has open: a trace, which O_TRUNC empties."""
 
 
 class NotMirrored(Exception):
@@ -23,18 +28,22 @@ class NotMirrored(Exception):
 
 
 class HostPaths:
-    """The files seen from a root directory, which `root` is a descriptor of. `guest_device` is st_dev of our mount."""
+    """The files seen from a root directory, which `root` is a descriptor of.
 
-    def __init__(self, root: int, guest_device: int) -> None:
+    `guest_device` is st_dev of our mount, `shown` are paths of the kernel's at which it shows the guest's files.
+    """
+
+    def __init__(self, root: int, guest_device: int, shown: Iterable[str] = ()) -> None:
         self._root = root
         self._guest_device = guest_device
+        self._shown = tuple(f"{path}/" for path in shown)
         self._told: dict[str, Entry] = {}
 
     def look(self, path: str, *, follow: bool, kernels: bool = False) -> list[Entry]:
         """Return what was not told yet of the parts of an absolute path, and always what is at its end.
 
-        Where a directory is missing, that is the end. `kernels`: below /proc and /sys, where both have directories of
-        their own and nothing is looked at, the end is taken for one.
+        Where a directory is missing, that is the end. `kernels`: below /proc, /sys and /dev, where both have files of
+        their own and nothing is looked at, the end is taken for a directory.
 
         Raises NotMirrored, and OSError for what the kernel refuses.
         """
@@ -46,8 +55,10 @@ class HostPaths:
                 at = at.rpartition("/")[0]
                 continue
             at = f"{at}/{name}"
-            if kernels and at in KERNELS and ".." not in parts:
-                return [*entries, Entry(os.path.normpath("/".join((at, *parts))), stat.S_IFDIR)]
+            if is_kernels(at):
+                if not kernels or ".." in parts:
+                    raise NotMirrored
+                return [*entries, Entry("/".join((at, *parts)), stat.S_IFDIR)]
             last = not parts
             entry = self._look(at)
             if last or entry != self._told.get(at):
@@ -62,6 +73,10 @@ class HostPaths:
             elif not last and not stat.S_ISDIR(entry.mode):
                 break
         return entries or [self._look(at or "/")]
+
+    def is_shown(self, path: str) -> bool:
+        """Is this path of the kernel's in our mount? Then the guest is asked for it anyway."""
+        return f"{path}/".startswith(self._shown)
 
     def tell(self, entries: list[Entry]) -> None:
         """What `look()` returned was passed on: the directories in it need not be told again."""
@@ -78,8 +93,6 @@ class HostPaths:
                 del self._told[told]
 
     def _look(self, path: str) -> Entry:
-        if path in KERNELS or (path.startswith("/dev/") and path not in _DEVICES):
-            raise NotMirrored
         try:
             found = os.stat(path.lstrip("/") or ".", dir_fd=self._root, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -90,6 +103,18 @@ class HostPaths:
         target = os.readlink(path.lstrip("/"), dir_fd=self._root) if kind == stat.S_IFLNK else ""
         size = found.st_size if kind == stat.S_IFREG else 0
         return Entry(path, found.st_mode, found.st_uid, found.st_gid, size, target)
+
+
+def is_kernels(path: str) -> bool:
+    """Is it /proc, /sys, or in /dev, but for devices that do no harm and files that are kept there?"""
+    if not path.startswith("/dev/"):
+        return path in _KERNELS
+    return path not in _DEVICES and not f"{path}/".startswith(_KEPT)
+
+
+def in_name_only(path: str) -> bool:
+    """Is a path of the kernel's to be found in the guest, but not opened, as that might do something?"""
+    return _MAGIC.match(path) is not None or (path.startswith("/dev/") and is_kernels(path))
 
 
 def _names(path: str) -> list[str]:

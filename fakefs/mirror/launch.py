@@ -15,7 +15,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from fakefs import namespace
+from fakefs import mountpoint, namespace
 from fakefs.mirror import calls
 from fakefs.mirror.calls import Level
 from fakefs.mirror.seccomp import Listener, install, program
@@ -95,7 +95,9 @@ def _record(
 
     root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     guest_device = os.stat(tracing).st_dev
-    paths = HostPaths(root, guest_device)
+    mounts = mountpoint.parse_mountinfo(Path(f"/proc/{child}/mountinfo").read_bytes())
+    shown = [os.fsdecode(mount.directory) for mount in mounts if mount.fstype == mountpoint.FSTYPE]
+    paths = HostPaths(root, guest_device, [str(tracing.parent), *shown])
     Recorder(listener, daemon, paths, Uprobes(guest_device), os.getppid(), level, note).run()
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fakefs.mirror.calls import Call
 from fakefs.mirror.endpoints import ADDRESS_MAX, Endpoints, address_in_guest
-from fakefs.mirror.hostpaths import HostPaths
+from fakefs.mirror.hostpaths import HostPaths, is_kernels
 from fakefs.mirror.records import PathArgument, Transfer
 from fakefs.mirror.seccomp import Notification, read_memory
 
@@ -59,7 +59,7 @@ def used(notification: Notification, call: Call, pid: int, paths: HostPaths, end
 def _named(link: str, paths: HostPaths) -> PathArgument:
     if link.startswith(("pipe:[", "/dev/pts/")) or link == "/dev/tty":
         return PathArgument(link, [])
-    if not link.startswith("/") or link.startswith("/dev/") or link.endswith(" (deleted)"):
+    if not link.startswith("/") or is_kernels(link) or link.endswith(" (deleted)"):
         return _NOTHING
     found = PathArgument(link, paths.look(link, follow=False))
     return found if stat.S_IFMT(found.entry.mode) in _KINDS else _NOTHING

@@ -78,6 +78,20 @@ def test_odd_files_are_the_hosts(mirrored: Run, tmp_path: Path) -> None:
     assert outputs[2] == outputs[0]
 
 
+def test_a_descriptor_of_the_guests_is_not_what_the_host_means(mirrored: Run) -> None:
+    """Its numbers are others there: what is truncated by way of /proc is not the trace that has it there."""
+    done = mirrored(
+        """
+        cd /sys/kernel/tracing; echo here > trace_marker; exec 5< trace 6< trace 7< trace; cd "$OLDPWD"
+        exec 8> file; for fd in 0 1 2 3 4; do { : > /proc/self/fd/$fd; : > /dev/fd/$fd; } 2> /dev/null; done
+        : > /proc/self/fd/8; : > /proc/sysrq-trigger; : > /proc/self/cwd/file
+        grep -c 'tracing_mark_write: here' /sys/kernel/tracing/trace
+        """
+        + _ALIVE
+    )
+    assert done.stdout.split() == ["1", "1"]
+
+
 _OWN_FILTER = """
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from os import O_PATH
 from pathlib import Path
 
 from fakefs.records import parse
@@ -99,3 +100,35 @@ def test_files_have_their_sizes_where_they_are_read(mirrored: Run, tmp_path: Pat
     sizes = [int(str(hit.fields["arg1"]), 0) for hit in hits(done)]
     assert [size for size in sizes if size in (5000, 3000, 3005)] == [5000, 3000, 3005]
     assert sizes[-1] == 0
+
+
+def test_files_of_the_kernel(mirrored: Run) -> None:
+    """What the host and the guest both have is opened, each once; devices, and what leads on, are only looked up."""
+    opened = (
+        *("/proc/version", "/proc/uptime", "/proc/self/status", "/proc/1/nothing", "/proc/sys/kernel/pid_max"),
+        *("/sys/class/net", "/sys/kernel/mm/ksm/run", "/sys/kernel/tracing/tracing_on", "/proc/filesystems"),
+        *("/dev/null", "/dev/zero", "/dev/tty", "/dev/mem", "/dev/none", "/proc/self/exe", "/proc/self/fd/0"),
+    )
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:opened do_sys_openat2 name=+0($arg2):ustring flags=+0($arg3):x64' > kprobe_events
+        echo 'r:is do_sys_openat2 $retval' >> kprobe_events
+        on kprobes
+        for file in {" ".join(opened)}; do {{ : < $file; }} 2> /dev/null; done
+        cd /proc; : < uptime
+        """
+        + SHOW
+    )
+    seen = [hit for hit in hits(done) if hit.task == "bash"]
+    names = [str(hit.fields["name"]) for hit in seen if hit.event == "opened"]
+    results = dict(zip(names, (int(str(hit.fields["arg1"]), 0) for hit in seen if hit.event == "is"), strict=True))
+    expected = [name for name in opened if name != "/dev/null"] + ["uptime", "/sys/kernel/tracing/tracing_on"]
+    assert [name for name in names if name != "/dev/null"] == expected
+    assert names.count("/dev/null") == len(opened) + 1
+    missing = {name for name, result in results.items() if result < 0}
+    assert missing <= {"/proc/1/nothing", "/dev/none", "/proc/self/fd/0"}
+    in_name = {
+        hit.fields["name"] for hit in seen if hit.event == "opened" and int(str(hit.fields["flags"]), 0) & O_PATH
+    }
+    assert in_name == {"/dev/tty", "/dev/mem", "/dev/none", "/proc/self/exe", "/proc/self/fd/0"}

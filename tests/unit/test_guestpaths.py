@@ -124,7 +124,7 @@ def test_what_the_guest_has_of_its_own() -> None:
     init = Init()
     for path in ("/", "/proc", "/proc/1", "/sys", "/sys/x", "/dev", "/dev/null"):
         assert init.make(Entry(path, _DIR)) == []
-    for path in ("/process", "/system", "/device"):
+    for path in ("/process", "/system", "/device", "/dev/shm", "/dev/shm/x"):
         assert init.make(Entry(path, _DIR)) == [("mkdirat", f"/host{path}", 0o755)]
 
 

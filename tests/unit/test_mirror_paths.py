@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored, in_name_only
 from fakefs.mirror.records import (
     Birth,
     Credentials,
@@ -90,7 +90,7 @@ def test_links(paths: HostPaths, tmp_path: Path) -> None:
 def test_what_is_not_for_the_guest(paths: HostPaths, tmp_path: Path) -> None:
     (tmp_path / "dev/pts").mkdir(parents=True)
     (tmp_path / "dev/shm").mkdir()
-    for path in ("/proc", "/proc/1/mem", "/sys/kernel/tracing/trace", "/dev/mem", "/dev/pts/0", "/dev/shm/x"):
+    for path in ("/proc", "/proc/1/mem", "/sys/kernel/tracing/trace", "/dev/mem", "/dev/pts/0"):
         with pytest.raises(NotMirrored):
             paths.look(path, follow=True)
     (tmp_path / "fd").symlink_to("/proc/self/fd")
@@ -113,6 +113,37 @@ def test_to_the_kernels_directories_and_back(paths: HostPaths, tmp_path: Path) -
     assert told(paths.look("/proc", follow=True, kernels=True)) == [("/proc", "dir")]
     with pytest.raises(NotMirrored):
         paths.look("/sys/kernel/../..", follow=True, kernels=True)
+    (tmp_path / "dev").mkdir()
+    assert told(paths.look("/dev//tty", follow=True, kernels=True)) == [("/dev", "dir"), ("/dev/tty", "dir")]
+
+
+def test_what_is_kept_in_memory_is_files(paths: HostPaths, tmp_path: Path) -> None:
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    (tmp_path / "dev/shm/x").touch()
+    expected = [("/dev", "dir"), ("/dev/shm", "dir"), ("/dev/shm/x", "file")]
+    assert told(paths.look("/dev/shm/x", follow=True)) == expected
+    with pytest.raises(NotMirrored):
+        paths.look("/dev/shmem", follow=True)
+
+
+def test_what_is_only_looked_up() -> None:
+    """Devices, but for those that do no harm, and what leads on to open files."""
+    links = ("1/fd/3", "self/task/7/fd/0", "self/exe", "self/cwd/x", "thread-self/root", "1/ns/net", "1/map_files/0-1")
+    devices = ("mem", "tty", "pts/0", "ttyS0", "snapshot", "watchdog", "stdout", "fd/1")
+    for path in (*(f"/proc/{each}" for each in links), *(f"/dev/{each}" for each in devices)):
+        assert in_name_only(path), path
+    files = ("/proc", "/proc/1/fd", "/proc/self/status", "/proc/self/fdinfo/1", "/proc/uptime", "/sys/class/net")
+    for path in (*files, "/dev/null", "/dev/full", "/dev/shm/x", "/etc/exe"):
+        assert not in_name_only(path), path
+
+
+def test_what_our_mount_shows() -> None:
+    paths = HostPaths(-1, 0, ["/proc/sys", "/proc/version", "/sys/kernel"])
+    for path in ("/proc/sys", "/proc/sys/kernel/pid_max", "/proc/version", "/sys/kernel/tracing/trace"):
+        assert paths.is_shown(path), path
+    for path in ("/proc/sysvipc/shm", "/proc/versions", "/sys", "/sys/class", "/"):
+        assert not paths.is_shown(path), path
+    assert not HostPaths(-1, 0).is_shown("/proc/sys")
 
 
 def test_names_of_any_bytes(paths: HostPaths, tmp_path: Path) -> None:
