@@ -29,6 +29,8 @@ SLOT_MAX_CALLS = 128
 SLOT_STACK_TOP = 0x4000
 SLOT_DATA = 0x4000
 DATA_SIZE = SLOT_SIZE - SLOT_DATA
+SINK_SIZE = 1 << 20
+"""Bytes at the end of the window that any task may have the kernel write to, and nobody reads."""
 OP_SLEEP = 0
 OP_CALLS = 1
 CALL_SPAWN = 0x10000
@@ -109,7 +111,7 @@ class Agent:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.window = machine.ram_size
-        self.slots = (machine.memory.size - machine.ram_size) // SLOT_SIZE
+        self.slots = (machine.memory.size - machine.ram_size - SINK_SIZE) // SLOT_SIZE
         self.tasks: dict[int, Task] = {0: Task(0)}
         self.held: Task | None = None
         self.facts: WakeFacts | None = None
@@ -121,6 +123,11 @@ class Agent:
     def init(self) -> Task:
         """The guest's init."""
         return self.tasks[0]
+
+    @property
+    def sink(self) -> int:
+        """Guest physical address of the end of the window, which is no slot."""
+        return self.window + self.slots * SLOT_SIZE
 
     @property
     def quiet_address(self) -> int:

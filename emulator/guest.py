@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emulator import seqfile, shortcuts, textpoke
-from emulator.agent import Agent, Call
+from emulator.agent import SINK_SIZE, Agent, Call
 from emulator.cpu.interface import CPU, GuestDied, PortIO, Stop
 from emulator.cpu.libunicorn import WANTED_VERSION
 from emulator.errors import EmulatorError
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from emulator.kernel.btf import Btf
     from emulator.kernel.kallsyms import Symbols
 
-# The window the guest's init and the host share: 1024 slots of 64 KiB, behind RAM and outside the kernel's memory map.
-WINDOW_SIZE = 64 << 20
+# The window the guest's init and the host share: 1024 slots of 64 KiB and what all may write to, behind RAM and outside
+# the kernel's memory map.
+WINDOW_SIZE = (64 << 20) + SINK_SIZE
 DEFAULT_MEMORY = 256 << 20
 COMMAND_LINE = (
     "console=ttyS0 quiet noapic nokaslr panic=-1 reboot=k mitigations=off nopti pci=off tsc=reliable "

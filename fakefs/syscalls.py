@@ -28,6 +28,7 @@ class Sys(IntEnum):
     DUP2 = 33
     NANOSLEEP = 35
     SOCKET = 41
+    SOCKETPAIR = 53
     EXECVE = 59
     EXIT = 60
     WAIT4 = 61

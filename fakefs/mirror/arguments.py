@@ -9,14 +9,15 @@ import os
 import struct
 from collections.abc import Iterator
 
-from fakefs.mirror.calls import Call
+from fakefs.mirror.calls import Call, Level
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored, in_name_only
 from fakefs.mirror.records import Files, PathArgument
 from fakefs.mirror.seccomp import Notification, read_memory, read_string
 
 AT_FDCWD = -100
-_AT_SYMLINK_NOFOLLOW = 0x100
-_OPENAT = 257
+_AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = 0x100, 0x1000
+_AT_FLAGS = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3, "fchmodat2": 3, "utimensat": 3}
+"""Which argument has flags whose name begins with AT_."""
 _OPENS = ("open", "openat", "openat2")
 _GOES = ("chdir", "fchdir")
 _LOOKS = ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat")
@@ -24,6 +25,11 @@ _OF_THE_KERNELS = frozenset((*_OPENS, *_GOES, *_LOOKS))
 """What is mirrored below /proc, /sys and /dev too."""
 _OPEN_HOW = struct.Struct("<QQQ")
 _ARGV_MAX, _ARGUMENT_MAX = 16, 256
+_VALUE_MAX = 4096
+
+
+class NoPath(NotMirrored):
+    """The call is about the file behind its descriptor."""
 
 
 class Arguments:
@@ -39,7 +45,6 @@ class Arguments:
         tid, directory, cwd = notification.tid, AT_FDCWD, ""
         follow_all = not self._refuses_links(notification, call)
         kernels = call.name in _OF_THE_KERNELS
-        number = call.number
         for letter, value in zip(call.arguments, notification.arguments, strict=False):
             if letter == "i":
                 arguments.append(signed(value))
@@ -48,12 +53,20 @@ class Arguments:
                 arguments.append(AT_FDCWD)
             elif letter in "PL":
                 follow = letter == "P" and follow_all
-                path, relative_to = self.path(tid, directory, string_at(tid, value), follow=follow, kernels=kernels)
+                text = self._text(notification, call, directory, value)
+                path, relative_to = self.path(tid, directory, text, follow=follow, kernels=kernels)
                 cwd, directory = relative_to or cwd, AT_FDCWD
                 paths.append(path)
                 arguments.append(None)
-            elif letter == "b":
-                arguments.append(-1)
+            elif letter in "bn":
+                arguments.append(-1 if letter == "b" else 0)
+            elif letter == "B" and value:
+                sized = call.arguments[len(arguments) + 1 :].startswith("s")
+                size = notification.arguments[len(arguments) + 1] if sized else call.sizes[0]
+                paths.append(PathArgument(os.fsdecode(read_memory(tid, value, min(size, _VALUE_MAX))), []))
+                arguments.append(None)
+            elif letter in "Bs":
+                arguments.append(min(value, _VALUE_MAX))
             elif letter == "T":
                 paths.append(PathArgument(string_at(tid, value), []))
                 arguments.append(None)
@@ -63,8 +76,10 @@ class Arguments:
                 arguments.append(None)
             elif letter == "H":
                 flags, mode, _ = _OPEN_HOW.unpack(read_memory(tid, value, _OPEN_HOW.size))
-                number = _OPENAT
                 arguments += [flags & 0x7FFFFFFF, mode & 0o7777]
+        if call.name == "getcwd":
+            path, cwd = self.path(tid, AT_FDCWD, ".", follow=True)
+            paths.append(path)
         for path in paths:
             for entry in path.entries[-1:]:
                 self._paths.forget(entry.path)
@@ -73,7 +88,19 @@ class Arguments:
                 if call.name in _OPENS and in_name_only(entry.path):
                     flags = arguments[len(arguments) - 2] or 0
                     arguments[len(arguments) - 2] = flags | os.O_PATH
-        return Files(tid, number, arguments, paths, cwd)
+        return Files(tid, call.number, arguments, paths, cwd)
+
+    @staticmethod
+    def _text(notification: Notification, call: Call, directory: int, address: int) -> str:
+        """Return a path. Raises NoPath, for a call that is not known by the path of the descriptor as well."""
+        flags = notification.arguments[_AT_FLAGS[call.name]] if call.name in _AT_FLAGS else 0
+        if address or call.name not in ("utimensat", "newfstatat"):
+            text = string_at(notification.tid, address)
+            if text or not flags & _AT_EMPTY_PATH:
+                return text
+        if call.level >= Level.ALL:
+            raise NoPath
+        return _descriptor(notification.tid, directory)
 
     @staticmethod
     def _refuses_links(notification: Notification, call: Call) -> bool:
@@ -81,7 +108,7 @@ class Arguments:
         if call.name in ("open", "openat"):
             flags = arguments[call.arguments.index("i")]
             return bool(flags & os.O_NOFOLLOW) or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL
-        at = {"fchownat": 4, "newfstatat": 3, "statx": 2, "faccessat2": 3}.get(call.name)
+        at = _AT_FLAGS.get(call.name)
         return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
 
     def path(

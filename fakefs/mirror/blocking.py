@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fakefs.mirror.processes import Mirrored
 
 LASTING = DATA_SIZE - 0x1000
-LASTING_SIZE = 0x800
+LASTING_SIZE = 0xC00
 """Room in a data area, offset and size in bytes, for what a call that blocks is given: nothing else is put there."""
 _OVERSLEEP = 0.1  # host seconds a guest's sleep may be behind the host's
 _BUSY = 0.1  # host seconds a guest that is never idle gets for a call before that counts as blocked
@@ -38,7 +38,7 @@ Returned = Callable[[list[int]], None]
 
 
 class Blocked(NamedTuple):
-    """A call that was begun. `until`: the host's monotonic time at which it should be over, if it is a sleep.
+    """A call that was begun. `until`: the host's monotonic time at which it is over, if it does not wait for ever.
 
     `ending` does in the guest what has ended the call on the host, as far as that can be said. `returned` is told of
     the results.
@@ -66,12 +66,17 @@ class Blocking:
         calls: Sequence[Call],
         ending: Ending | None = None,
         returned: Returned | None = None,
+        limit: float | None = None,
     ) -> None:
-        """Begin calls, and return when they are done or blocked. The caller holds the shadow's lock."""
+        """Begin calls, and return when they are done or blocked. The caller holds the shadow's lock.
+
+        `limit`: they end by themselves after that time, in host seconds.
+        """
+        until = None if limit is None else time.monotonic() + limit
         request = self._pump.begin(shadow.task, calls)
         await self._rest(request)
         if not request.done:
-            shadow.blocked = Blocked(request, calls, None, ending, returned)
+            shadow.blocked = Blocked(request, calls, until, ending, returned)
         elif returned is not None:
             returned(request.results)
 
@@ -89,8 +94,8 @@ class Blocking:
         blocked = shadow.blocked
         if blocked is None:
             return
+        await self._rest(blocked.request)
         if blocked.until is None:
-            await self._rest(blocked.request)
             if blocked.ending is not None and not blocked.request.done:
                 await blocked.ending()
                 await self._rest(blocked.request)
@@ -100,6 +105,12 @@ class Blocking:
                 with trio.move_on_after(float("inf") if self._pump.deterministic else max(late, 0)):
                     await self._pump.finish(blocked.request)
         await self.interrupt(shadow)
+
+    async def catch_up(self, shadow: Mirrored) -> None:
+        """Wait for what the guest's clock ends, which may be a little behind the host's."""
+        if shadow.blocked is not None:
+            with trio.move_on_after(_OVERSLEEP):
+                await self._pump.finish(shadow.blocked.request)
 
     async def _rest(self, request: Request) -> None:
         with trio.move_on_after(_BUSY):
@@ -136,10 +147,11 @@ class Blocking:
                     await self._again(shadow, blocked, sleeps=sleeps)
 
     async def _again(self, shadow: Mirrored, blocked: Blocked, *, sleeps: bool) -> None:
-        if blocked.until is None:
-            await self.begin(shadow, blocked.calls, blocked.ending, blocked.returned)
-        elif sleeps and (left := blocked.until - time.monotonic()) > 0:
-            [(number, clock, *_)] = blocked.calls
+        left = None if blocked.until is None else blocked.until - time.monotonic()
+        number, clock, *_ = blocked.calls[-1]
+        if number not in (Sys.NANOSLEEP, Sys.CLOCK_NANOSLEEP):
+            await self.begin(shadow, blocked.calls, blocked.ending, blocked.returned, limit=left)
+        elif sleeps and left is not None and left > 0:
             self.sleep(shadow, clock if number == Sys.CLOCK_NANOSLEEP else None, int(left * 1e9))
 
     # ---- stopped processes

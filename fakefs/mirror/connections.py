@@ -1,108 +1,117 @@
-"""Sockets of mirrored processes in the guest: on its loopback, and in its filesystem.
+"""What has no path, in the guest: sockets, on its loopback and in its filesystem; eventfd(2), epoll(7) and the like.
 
-socket(2) and accept(2) are made in the guest without anybody knowing which number they return on the host. What they
-have opened waits, first come first served, until a call is about a socket of that kind which has not been seen yet.
+The calls that return them are made in the guest without anybody knowing which number they return on the host. What they
+have opened waits, first come first served, until a call is about one of that kind which has not been seen yet. Sockets
+have names, others are taken for the last one of their kind that is open.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
-from functools import partial
+from collections.abc import Sequence
 
 from fakefs.mirror.blocking import LASTING
-from fakefs.mirror.calls import BY_NUMBER, NUMBER
+from fakefs.mirror.calls import BY_NUMBER
 from fakefs.mirror.endpoints import parse_name
-from fakefs.mirror.filecalls import ANSWER, ANSWER_SIZE
-from fakefs.mirror.processes import Mirrored, OpenFile, Processes, Unclaimed
-from fakefs.mirror.records import Transfer
+from fakefs.mirror.processes import Mirrored, OpenFile, Unclaimed
+from fakefs.mirror.records import PathArgument, Plain, Used
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
 
-_F_SETFL = 4
+F_SETFL = 4
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _UNCLAIMED_MAX = 16
-_ACCEPTS = frozenset(NUMBER[name] for name in ("accept", "accept4"))
+_PAIR = struct.Struct("<ii")
+_SOCKET = "socket:"
+
+
+def is_socket(file: PathArgument) -> bool:
+    """Is what a record says of an open file a socket?"""
+    return file.text.startswith(_SOCKET)
+
+
+def kind_of(name: str, arguments: Sequence[int] = ()) -> str:
+    """Return what those have in common that a call may have returned; "" for a name that no call of this kind returns.
+
+    `name` is that of an open file, or what /proc shows of those that a call with these arguments returns.
+    """
+    if name.startswith(_SOCKET):
+        domain, kind, _ = arguments or parse_name(name)
+        return f"{_SOCKET} {domain} {kind & ~_FLAGS}"
+    return name if name.startswith("anon_inode:") else ""
 
 
 class Connections:
     """All of them."""
 
-    def __init__(self, shadows: Shadows, processes: Processes) -> None:
+    def __init__(self, shadows: Shadows) -> None:
         self._shadows = shadows
         self._pump = shadows.pump
-        self._processes = processes
         self._up = False
 
-    async def create(self, shadow: Mirrored, domain: int, kind: int, protocol: int) -> int:
-        """socket(2). The caller holds the shadow's lock."""
-        if not self._up:
-            self._up = True
-            await self._set_loopback_up()
-        [fd] = await self._pump.call(shadow.task, [(Sys.SOCKET, domain, kind & ~_FLAGS, protocol)])
-        return fd
-
-    async def keep(self, shadow: Mirrored, domain: int, kind: int, fd: int) -> None:
-        """Let a socket that a call has returned wait for its name. The caller holds the shadow's lock."""
-        if fd < 0:
-            return
-        shadow.unclaimed.append(Unclaimed(domain, kind & ~_FLAGS, fd))
-        if len(shadow.unclaimed) > _UNCLAIMED_MAX:
+    async def create(self, shadow: Mirrored, record: Plain) -> None:
+        """socket(2), eventfd(2) and the like: what they return waits. The caller holds the shadow's lock."""
+        kind = kind_of(BY_NUMBER[record.number].returns, record.arguments[:3])
+        if record.number == Sys.SOCKETPAIR:
+            words = [*record.arguments[:3], shadow.task.virtual(LASTING)]
+            [result] = await self._pump.call(shadow.task, [(record.number, *words)])
+            fds = _PAIR.unpack(self._pump.agent.get(shadow.task, LASTING, _PAIR.size)) if result == 0 else ()
+        else:
+            fds = (await self._return(shadow, record),)
+        shadow.unclaimed += [Unclaimed(kind, fd, shadow.tid) for fd in fds if fd >= 0]
+        while len(shadow.unclaimed) > _UNCLAIMED_MAX:
             await self._pump.call(shadow.task, [(Sys.CLOSE, shadow.unclaimed.pop(0).fd)])
 
+    async def _return(self, shadow: Mirrored, record: Plain) -> int:
+        if record.number == Sys.SOCKET and not self._up:
+            self._up = True
+            await self._set_loopback_up()
+        return (await self._pump.call(shadow.task, [(record.number, *record.arguments)]))[0]
+
     async def open(self, shadow: Mirrored, name: str) -> int:
-        """Return a descriptor of the socket that has a name on the host. The caller holds the shadow's lock."""
-        domain, kind, protocol = parse_name(name)
-        for file in shadow.files.values():
-            if file.path == name:
-                return (await self._pump.call(shadow.task, [(Sys.DUP, file.fd)]))[0]
-        for waiting in shadow.unclaimed:
-            if (waiting.domain, waiting.kind) == (domain, kind):
-                shadow.unclaimed.remove(waiting)
-                return waiting.fd
+        """Return a descriptor of what has a name on the host. The caller holds the shadow's lock."""
+        kind = kind_of(name)
+        if not name.startswith(_SOCKET):
+            return self.claim(shadow, kind) or await self._of_its_own(shadow, name) or -errno.ENOENT
+        if fd := await self._of_its_own(shadow, name) or self.claim(shadow, kind):
+            return fd
         for other in self._shadows.all():
             if isinstance(other, Mirrored) and not other.task.dead:
                 for file in other.files.values():
                     if file.path == name:
                         return await self._of_another(shadow, other, file)
-        return await self.create(shadow, domain, kind, protocol)
+        return await self._return(shadow, Plain(shadow.tid, Sys.SOCKET, list(parse_name(name))))
 
-    async def make(self, shadow: Mirrored, record: Transfer, file: OpenFile) -> None:
-        """connect(2), bind(2), accept(2), send(2) and the like. The caller holds the shadow's lock."""
-        task, agent = shadow.task, self._pump.agent
-        size = min(record.arguments[1] or 0, ANSWER_SIZE) if len(record.arguments) > 1 else 0
-        data, address = record.data.encode("latin-1")[:size], record.address.encode("latin-1")
-        if data:
-            agent.put(task, ANSWER, data + bytes(size - len(data)))
-        agent.put(task, LASTING, address)
-        words: list[int] = []
-        for letter, word in zip(BY_NUMBER[record.number].arguments[1:], record.arguments, strict=False):
-            if letter in "Bb":
-                words += [task.virtual(ANSWER), size]
-            elif letter == "S":
-                words += [task.virtual(LASTING), len(address)] if address else [0, 0]
-            elif letter == "n":
-                words.append(0)
-            elif letter == "i":
-                words.append(word or 0)
-        returned = partial(self._accepted, shadow, file) if record.number in _ACCEPTS else None
-        call = (record.number, file.fd, *words)
-        await self._processes.blocking.begin(shadow, [call], returned=returned)
+    def claim(self, shadow: Mirrored, kind: str, tid: int | None = None) -> int:
+        """Return a descriptor that waits, or one that a call of some thread has returned; 0 if there is none."""
+        for waiting in shadow.unclaimed:
+            if waiting.kind == kind and tid in (None, waiting.tid):
+                shadow.unclaimed.remove(waiting)
+                return waiting.fd
+        return 0
 
-    async def set_flags(self, shadow: Mirrored, record: Transfer, file: OpenFile) -> OpenFile:
+    async def _of_its_own(self, shadow: Mirrored, name: str) -> int:
+        for file in shadow.files.values():
+            if file.path == name:
+                return (await self._pump.call(shadow.task, [(Sys.DUP, file.fd)]))[0]
+        return 0
+
+    async def set_flags(self, shadow: Mirrored, used: Used, file: OpenFile) -> OpenFile:
         """Have a socket block only if the host's does. The caller holds the shadow's lock."""
-        if not (file.flags ^ record.flags) & os.O_NONBLOCK:
+        if not (file.flags ^ used.flags) & os.O_NONBLOCK:
             return file
-        await self._pump.call(shadow.task, [(Sys.FCNTL, file.fd, _F_SETFL, record.flags & os.O_NONBLOCK)])
-        file = shadow.files[record.fd] = file._replace(flags=record.flags & (os.O_ACCMODE | os.O_NONBLOCK))
+        await self._pump.call(shadow.task, [(Sys.FCNTL, file.fd, F_SETFL, used.flags & os.O_NONBLOCK)])
+        file = shadow.files[used.fd] = file._replace(flags=used.flags & (os.O_ACCMODE | os.O_NONBLOCK))
         return file
 
-    def _accepted(self, shadow: Mirrored, listening: OpenFile, results: list[int]) -> None:
-        if results[-1] >= 0:
-            domain, kind, _ = parse_name(listening.path)
-            shadow.unclaimed.append(Unclaimed(domain, kind, results[-1]))
+    def accepted(self, shadow: Mirrored, listening: OpenFile, fd: int) -> None:
+        """accept(2) has returned."""
+        if fd >= 0:
+            shadow.unclaimed.append(Unclaimed(kind_of(listening.path), fd, shadow.tid))
 
     async def _of_another(self, shadow: Mirrored, other: Mirrored, file: OpenFile) -> int:
         call = self._pump.call

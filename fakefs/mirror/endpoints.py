@@ -33,6 +33,10 @@ class Endpoints:
     def __init__(self) -> None:
         self._named: OrderedDict[str, str] = OrderedDict()
 
+    def knows(self, link: str) -> bool:
+        """Was it asked about this one lately?"""
+        return link in self._named
+
     def named(self, tid: int, fd: int, link: str) -> str:
         """Return the name of a socket, with its domain, type and protocol in it; "" if it is none for the guest.
 
@@ -86,16 +90,36 @@ def _path(address: bytes, cwd: str, paths: HostPaths) -> tuple[bytes, PathArgume
     return address[:2] + whole + b"\0", PathArgument(directory, paths.look(directory, follow=True))
 
 
-def _look(tid: int, fd: int) -> tuple[int, int, int]:
-    pidfd = os.pidfd_open(tid)
+def port_of(pid: int, fd: int, address: bytes) -> bytes:
+    """Return the address that a socket was bound to with a port that the kernel has chosen since.
+
+    Raises OSError when the socket is gone.
+    """
+    with _fetch(pid, fd) as found:
+        name = found.getsockname()
+    return address[:2] + struct.pack(">H", name[1]) + address[4:]
+
+
+def has_any_port(address: bytes) -> bool:
+    """Does an address of the Internet leave the port to the kernel?"""
+    return len(address) > 4 and int.from_bytes(address[:2], "little") != socket.AF_UNIX and address[2:4] == bytes(2)
+
+
+def _look(pid: int, fd: int) -> tuple[int, int, int]:
+    with _fetch(pid, fd) as found:
+        return tuple(  # type: ignore[return-value]  # three of them
+            found.getsockopt(socket.SOL_SOCKET, option)
+            for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
+        )
+
+
+def _fetch(pid: int, fd: int) -> socket.socket:
+    """Return a socket that another process has open."""
+    pidfd = os.pidfd_open(pid)
     try:
         own = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
         if own < 0:
             raise OSError(ctypes.get_errno(), "pidfd_getfd")
     finally:
         os.close(pidfd)
-    with socket.socket(fileno=own) as found:
-        return tuple(  # type: ignore[return-value]  # three of them
-            found.getsockopt(socket.SOL_SOCKET, option)
-            for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
-        )
+    return socket.socket(fileno=own)

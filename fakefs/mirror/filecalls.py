@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
@@ -18,15 +19,19 @@ from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, Sys
 
 _RENAME_EXCHANGE = 2
+_WITH_PATH = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_HOW = struct.Struct("<QQQ")
 ANSWER, ANSWER_SIZE = 0x4000, 0x4000
 """Room in a data area for what a call answers, offset and size in bytes."""
-_OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "creat"))
+_OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "openat2", "creat"))
 _PIPES = frozenset(NUMBER[name] for name in ("pipe", "pipe2"))
 _LEAVES_CONTENT = frozenset(
     NUMBER[name]
     for name in (
         *("unlink", "unlinkat", "rename", "renameat", "renameat2", "rmdir", "chdir", "fchdir", "link", "linkat"),
         *("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
+        *("utime", "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "removexattr"),
+        *("lremovexattr", "fremovexattr", "statfs", "getxattr", "lgetxattr", "listxattr", "llistxattr", "getcwd"),
     )
 )
 
@@ -82,7 +87,7 @@ class FileCalls:
         for at, letter in enumerate(call.arguments):
             if letter == "b":
                 words[at] = shadow.task.virtual(ANSWER)
-            elif letter == "i" and call.name.startswith("readlink"):
+            elif letter == "s" and "b" in call.arguments:
                 words[at] = min(record.arguments[at] or 0, ANSWER_SIZE)
         before: list[Wish] = []
         if record.cwd and record.cwd != shadow.cwd:
@@ -90,10 +95,15 @@ class FileCalls:
         fd, second = shadow.next_descriptors
         if record.number in _OPENS:
             if record.number != NUMBER["creat"]:
-                at = 2 if record.number == NUMBER["openat"] else 1
+                at = 1 if record.number == NUMBER["open"] else 2
                 flags = words[at]
                 assert isinstance(flags, int)
                 words[at] = flags | os.O_NONBLOCK | os.O_NOCTTY
+                if record.number == NUMBER["openat2"]:
+                    flags |= os.O_NONBLOCK | os.O_NOCTTY
+                    if flags & os.O_PATH:
+                        flags &= _WITH_PATH
+                    words[at:] = [_OPEN_HOW.pack(flags, words[at + 1], 0), _OPEN_HOW.size]
             return [*before, (record.number, *words), (Sys.CLOSE, fd)], len(before)
         if record.number in _PIPES:
             return [(record.number, *words), (Sys.CLOSE, fd), (Sys.CLOSE, second)], 0
@@ -108,7 +118,7 @@ class FileCalls:
         """The flags of open(2); for other calls, those of one that writes."""
         if record.number not in _OPENS or record.number == NUMBER["creat"]:
             return os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        return record.arguments[2 if record.number == NUMBER["openat"] else 1] or 0
+        return record.arguments[1 if record.number == NUMBER["open"] else 2] or 0
 
     def _effects(self, shadow: Mirrored, record: Files, before: list[Entry], made: list[Inode]) -> None:
         """Note what a call that succeeded has done to the guest's files."""
@@ -117,9 +127,9 @@ class FileCalls:
         there = before[-1] if before else Entry("", 0)
         permissions = ~shadow.umask & 0o7777
         match name:
-            case "open" | "openat" | "creat" if not there.mode:
+            case "open" | "openat" | "openat2" | "creat" if not there.mode:
                 paths.created(there._replace(mode=stat.S_IFREG | numbers[-1] & permissions), made)
-            case "open" | "openat" | "creat" if self._flags(record) & os.O_TRUNC:
+            case "open" | "openat" | "openat2" | "creat" if self._flags(record) & os.O_TRUNC:
                 paths.changed(there.path, size=0)
             case "truncate" | "ftruncate":
                 paths.changed(there.path, size=numbers[-1])
@@ -137,8 +147,8 @@ class FileCalls:
                 paths.renamed(before[0].path, there.path, exchanged=exchanged)
             case "link" | "linkat":
                 paths.linked(before[0].path, there.path)
-            case "chmod" | "fchmod" | "fchmodat":
-                paths.changed(there.path, permissions=numbers[-1])
+            case "chmod" | "fchmod" | "fchmodat" | "fchmodat2":
+                paths.changed(there.path, permissions=numbers[-2 if name == "fchmodat2" else -1])
             case "chown" | "lchown" | "fchown" | "fchownat":
                 uid, gid = numbers[-3:-1] if name == "fchownat" else numbers[-2:]
                 paths.owned(there.path, uid, gid)

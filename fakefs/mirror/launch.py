@@ -14,6 +14,7 @@ import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
+from queue import Queue
 
 from fakefs import mountpoint, namespace
 from fakefs.mirror import calls
@@ -49,12 +50,24 @@ class Launch:
 
         Raises OSError: EBUSY if one of its kind is there, as in another `fakefs run`.
         """
+        installed: Queue[int] = Queue()
+        sender = threading.Thread(
+            target=self._send, args=(installed,)
+        )  # not under the filter: that has sendmsg(2) wait
+        sender.start()
+        listener = -1
         try:
             listener = install(program(calls.rules(self.level)))
+        finally:
+            installed.put(listener)
+            sender.join()
+            self._keep()
+
+    def _send(self, installed: Queue[int]) -> None:
+        listener = installed.get()
+        if listener >= 0:
             socket.send_fds(self._program, [b"l"], [listener])
             os.close(listener)
-        finally:
-            self._keep()
 
     # ---- the first process
 

@@ -14,7 +14,7 @@ import trio
 
 from fakefs.hostfiles.bring import HostFiles
 from fakefs.hostthreads import HostThread
-from fakefs.mirror.calls import Level
+from fakefs.mirror.calls import BY_NUMBER, Level
 from fakefs.mirror.delivery import Delivery
 from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
@@ -32,6 +32,7 @@ from fakefs.mirror.records import (
     Files,
     Hit,
     Name,
+    Opened,
     Placed,
     Plain,
     Program,
@@ -148,6 +149,8 @@ class Mirror:
                 await self._files.make(record)
             case Transfer():
                 await self._transfers.make(record)
+            case Opened():
+                await self._transfers.name(record)
             case Hit():
                 await self._hits.make(record)
             case Descriptors():
@@ -168,8 +171,10 @@ class Mirror:
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)
                     await self._shadows.rename(shadow, comm.encode("utf-8", "surrogateescape"))
-            case Plain(number=Sys.SOCKET):
-                await self._transfers.create_socket(record)
+            case Plain(number=number) if BY_NUMBER[number].returns:
+                await self._transfers.create(record)
+            case Plain(number=Sys.CLOSE_RANGE):
+                await self._transfers.close_range(record)
             case Plain(tid, number, arguments):
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)

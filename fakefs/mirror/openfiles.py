@@ -1,27 +1,29 @@
 """What the host has open at a descriptor that a call is about, as the record of the call says it: proc(5).
 
-Regular files, directories and named pipes have their path, pipes and terminals the name that the kernel shows for
-them. Everything else has none.
+Regular files, directories and named pipes have their path; pipes, sockets, terminals, and what calls of the table
+return the name that the kernel shows for them. Everything else has none.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
-from fakefs.mirror.calls import Call
-from fakefs.mirror.endpoints import ADDRESS_MAX, Endpoints, address_in_guest
-from fakefs.mirror.hostpaths import HostPaths, is_kernels
-from fakefs.mirror.records import PathArgument, Transfer
-from fakefs.mirror.seccomp import Notification, read_memory
+from fakefs.mirror.calls import TABLE, Call
+from fakefs.mirror.endpoints import Endpoints
+from fakefs.mirror.hostpaths import HostPaths, NotMirrored, is_kernels
+from fakefs.mirror.parts import Parts
+from fakefs.mirror.records import PathArgument, Transfer, Used
+from fakefs.mirror.seccomp import Notification
 
-DATA_MAX = 4096
-"""Bytes of what one call writes that are written in the guest too; the rest is zeros there."""
 _INFO_MAX = 4096
 _DESCRIPTORS_MAX = 4096
 _KINDS = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO))
 _NOTHING = PathArgument("", [])
+_ANONYMOUS = frozenset(call.returns for call in TABLE)
 
 
 class Info(NamedTuple):
@@ -31,33 +33,34 @@ class Info(NamedTuple):
     flags: int
 
 
-def used(notification: Notification, call: Call, pid: int, paths: HostPaths, endpoints: Endpoints) -> Transfer:
-    """Return the record of a call on an open file.
+def transfer(notification: Notification, call: Call, pid: int, paths: HostPaths, endpoints: Endpoints) -> Transfer:
+    """Return the record of a call on open files.
 
-    `pid` is the process of the thread. Raises OSError and ValueError when there is none, and NotMirrored.
+    `pid` is the process of the thread. Raises OSError and ValueError when there are none, and NotMirrored.
     """
-    tid, fd = notification.tid, notification.arguments[0] & 0x7FFFFFFF
+    read = Parts(notification, call, paths)
+    looked_at = partial(look, notification.tid, pid, paths=paths, endpoints=endpoints)
+    pairs = zip(call.arguments, notification.arguments, strict=False)
+    files = [looked_at(value & 0x7FFFFFFF) for letter, value in pairs if letter == "O"]
+    for fd in read.descriptors():
+        with suppress(OSError, ValueError, NotMirrored):
+            file = looked_at(fd)
+            if file.file.text:
+                files.append(file)
+    return Transfer(notification.tid, call.number, files, read.arguments, read.parts, read.needed)
+
+
+def look(tid: int, pid: int, fd: int, paths: HostPaths, endpoints: Endpoints) -> Used:
+    """Return what is said of an open file of a thread's process. Raises OSError and ValueError when there is none."""
     with open(f"/proc/{tid}/fdinfo/{fd}", "rb") as file:
         info = parse_info(file.read(_INFO_MAX))
     link = os.readlink(f"/proc/{tid}/fd/{fd}")
     is_socket = link.startswith("socket:[")
-    what = PathArgument(endpoints.named(pid, fd, link), []) if is_socket else _named(link, paths)
-    arguments: list[int | None] = []
-    data = address = b""
-    for letter, value in zip(call.arguments[1:], notification.arguments[1:], strict=False):
-        arguments.append(None if letter in "Bb" else value & (1 << 63) - 1)
-        if letter == "B":
-            data = read_memory(tid, value, min(notification.arguments[2], DATA_MAX))
-        elif letter == "S" and value:
-            size = notification.arguments[len(arguments) + 1] & 0xFFFFFFFF
-            address = read_memory(tid, value, min(size, ADDRESS_MAX))
-            address, directory = address_in_guest(address, os.readlink(f"/proc/{tid}/cwd"), paths)
-            what = what._replace(entries=[] if directory is None else directory.entries)
-    return Transfer(tid, call.number, fd, what, *info, arguments, data.decode("latin-1"), address.decode("latin-1"))
+    return Used(fd, PathArgument(endpoints.named(pid, fd, link), []) if is_socket else _named(link, paths), *info)
 
 
 def _named(link: str, paths: HostPaths) -> PathArgument:
-    if link.startswith(("pipe:[", "/dev/pts/")) or link == "/dev/tty":
+    if link.startswith(("pipe:[", "/dev/pts/")) or link == "/dev/tty" or link in _ANONYMOUS:
         return PathArgument(link, [])
     if not link.startswith("/") or is_kernels(link) or link.endswith(" (deleted)"):
         return _NOTHING

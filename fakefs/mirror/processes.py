@@ -23,7 +23,7 @@ from emulator.agent import OTHER_ROOT, WINDOW_FD, Call, Task, strings
 from fakefs.mirror.blocking import LASTING, Blocked, Blocking
 from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
-from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Transfer, Wait
+from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Used, Wait
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import Sys
 
@@ -45,17 +45,17 @@ class OpenFile(NamedTuple):
     fd: int
     position: int
 
-    def is_for(self, record: Transfer) -> bool:
+    def is_for(self, used: Used) -> bool:
         """Is what a record tells of this file?"""
-        return self.path == record.file.text and not (self.flags ^ record.flags) & os.O_ACCMODE
+        return self.path == used.file.text and not (self.flags ^ used.flags) & os.O_ACCMODE
 
 
 class Unclaimed(NamedTuple):
-    """A socket that the guest has opened for one of the host's which has not been seen yet."""
+    """What a call has opened in the guest, of a kind as `connections` has them, and the host's was not seen yet."""
 
-    domain: int
-    kind: int
+    kind: str
     fd: int
+    tid: int  # of the thread on the host
 
 
 class Probed:
@@ -82,7 +82,8 @@ class Probed:
 class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest.
 
-    `files` are the open files that it was seen to use, by their descriptors on the host. `doomed` is the last signal
+    `files` are the open files that it was seen to use, by their descriptors on the host. `rooms` are those it has of
+    `fakefs.mirror.rooms`. `doomed` is the last signal
     that will have ended it, if nothing else is known of its end.
     """
 
@@ -94,6 +95,7 @@ class Mirrored(Shadow):
         "files",
         "parent",
         "probed",
+        "rooms",
         "status",
         "tgid",
         "umask",
@@ -109,6 +111,7 @@ class Mirrored(Shadow):
         self.umask = birth.umask
         self.files: dict[int, OpenFile] = {}
         self.unclaimed: list[Unclaimed] = []
+        self.rooms: set[bool] = set()
         self.probed = Probed()
         self.cwd = "/"
         self.ended = False  # its process has, on the host, without telling
@@ -261,6 +264,7 @@ class Processes:
         shadow.descriptors = dict(shadow.descriptors)  # the kernel makes a shared table its own
         shadow.files = dict(shadow.files)
         shadow.probed = Probed()
+        shadow.rooms = set()
         name = os.fsencode(program.file.text)
         where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
         async with shadow.lock:

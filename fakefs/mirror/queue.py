@@ -17,12 +17,15 @@ from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.processes import Mirrored
 from fakefs.mirror.records import Birth, Entry, Files, Program, Record, Transfer
 
-_OPENS = {NUMBER["open"]: 1, NUMBER["openat"]: 2}
+_OPENS = {NUMBER["open"]: 1, NUMBER["openat"]: 2, NUMBER["openat2"]: 2}
 """Which argument has the flags."""
 _CHANGING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
 _LOOKS = frozenset(
     NUMBER[name]
-    for name in ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat")
+    for name in (
+        *("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
+        *("statfs", "getxattr", "lgetxattr", "listxattr", "llistxattr"),
+    )
 )
 _MOST = 32
 """Looks made in one go; a slot has room for four calls of each."""
@@ -93,8 +96,11 @@ class Queue:
             match record:
                 case Birth(parent=parent):
                     self._open.pop(parent, None)
-                case Program(file=file) | Transfer(file=file):
+                case Program(file=file):
                     self._above += file.entries[:-1]
+                case Transfer(files=files, needed=needed):
+                    for entries in (needed, *(used.file.entries for used in files)):
+                        self._above += entries[:-1]
         self._waiting.append(record)
         return True
 

@@ -19,11 +19,12 @@ from functools import partial
 from typing import NamedTuple
 
 from fakefs.mirror import credentials, openfiles, refused, signals, trampoline
-from fakefs.mirror.arguments import AT_FDCWD, Arguments, argv_at, room, signed, string_at
+from fakefs.mirror.arguments import AT_FDCWD, Arguments, NoPath, argv_at, room, signed, string_at
 from fakefs.mirror.births import Image, read_birth, read_image
-from fakefs.mirror.calls import BY_NUMBER, Call, Level
+from fakefs.mirror.calls import Call, Level, find
 from fakefs.mirror.endpoints import FAMILIES, Endpoints
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.outcomes import Outcomes
 from fakefs.mirror.records import (
     PACKET_MAX,
     Birth,
@@ -89,6 +90,7 @@ class Recorder:
         self._paths = paths
         self._uprobes = uprobes
         self._endpoints = Endpoints()
+        self._outcomes = Outcomes(paths, self._endpoints)
         self._arguments = Arguments(paths)
         self._outside = outside
         self._level = level
@@ -104,7 +106,9 @@ class Recorder:
             "exit_group": self._exit,
             "prctl": self._prctl,
             "setsid": self._plain,
+            "close_range": self._plain,
             "socket": self._socket,
+            "socketpair": self._socket,
             "wait4": self._wait,
             "waitid": self._wait,
             "nanosleep": self._sleep,
@@ -193,8 +197,11 @@ class Recorder:
                 for path in paths:
                     self._paths.tell(path.entries)
                     self._uprobes.opened(record.tid, path.text)
-            case Program(file=file) | Transfer(file=file):
+            case Program(file=file):
                 self._paths.tell(file.entries)
+            case Transfer(files=files, needed=needed):
+                for entries in (needed, *(used.file.entries for used in files)):
+                    self._paths.tell(entries)
 
     # ---- threads
 
@@ -203,30 +210,40 @@ class Recorder:
             yield from self._births(notification.tid)
             if notification.tid not in self._threads:
                 return  # it has been killed
+        yield from self._outcomes.seen(notification.tid)
         waits = partial(self._listener.is_valid, notification.id)
         if notification.number == trampoline.NUMBER:
             if notification.arguments[0] == trampoline.RETURN:  # those that it has forked return there too
                 yield from self._unseen_children(self._threads[notification.tid].tgid, notification.tid)
             yield from self._uprobes.hit(notification, waits)
             return
-        call = BY_NUMBER[notification.number]
+        call = find(notification.number, notification.arguments)
         if self._programs and self._is_new_image(notification.tid, call):
             yield from self._new_program(notification, call)
         if call.name not in ("execve", "execveat"):
             parent = self._threads[notification.tid].parent
             self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
-        if call.arguments.startswith("O"):
+        if call.is_on_open_files:
             pid = self._threads[notification.tid].tgid
-            yield openfiles.used(notification, call, pid, self._paths, self._endpoints)
+            yield from self._outcomes.expect(notification, call, pid, self._transfer(notification, call))
         elif call.arguments.startswith(("U", "G")):
             yield credentials.requested(notification, call)
         elif special is not None:
             yield from special(notification, call)
+        elif call.returns:
+            yield from self._plain(notification, call)
         else:
-            yield self._arguments.files(notification, call)
+            try:
+                yield self._arguments.files(notification, call)
+            except NoPath:
+                yield self._transfer(notification, call.without_path)
 
-    def _births(self, tid: int) -> Iterator[Birth]:
+    def _transfer(self, notification: Notification, call: Call) -> Transfer:
+        pid = self._threads[notification.tid].tgid
+        return openfiles.transfer(notification, call, pid, self._paths, self._endpoints)
+
+    def _births(self, tid: int) -> Iterator[Record]:
         """The birth of a thread, after those of its ancestors that were not seen either."""
         found: list[Birth] = []
         while tid not in self._threads and tid not in (0, self._outside) and len(found) < _GENERATIONS:
@@ -237,6 +254,7 @@ class Recorder:
             tid = birth.parent
         for birth in reversed(found):
             self._threads[birth.tid] = Thread(birth.tgid, birth.parent)
+            yield from self._outcomes.seen_of(birth.parent)
             yield birth
 
     def _birth(self, notification: Notification, call: Call) -> Iterator[Record]:
@@ -309,11 +327,14 @@ class Recorder:
         )
 
     def _plain(self, notification: Notification, call: Call) -> Iterator[Record]:
-        yield Plain(notification.tid, call.number, [signed(each) for each in notification.arguments[:3]])
+        yield Plain(
+            notification.tid, call.number, [signed(each) for each in notification.arguments[: len(call.arguments)]]
+        )
 
     def _socket(self, notification: Notification, call: Call) -> Iterator[Record]:
         if notification.arguments[0] in FAMILIES:
-            yield from self._plain(notification, call)
+            for record in self._plain(notification, call):
+                yield from self._outcomes.expect(notification, call, self._threads[notification.tid].tgid, record)
 
     def _signal(self, notification: Notification, call: Call) -> Iterator[Record]:
         target = signed(notification.arguments[1 if call.name == "tgkill" else 0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from enum import IntEnum
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 PACKET_MAX = 1 << 16
 
@@ -139,24 +139,49 @@ class Files(NamedTuple):
     cwd: str
 
 
-class Transfer(NamedTuple):
-    """A call on an open file, `fd` on the host, where it was opened with `flags`; `address` is that of a socket.
+class Used(NamedTuple):
+    """A file that a call is about, `fd` on the host, opened there with `flags`; `position` is that before the call.
 
     `file` has the path of a regular file, directory or named pipe, the name of a pipe, socket or terminal, or nothing.
-
-    `arguments` are those behind the descriptor, None for a buffer; `data` is what is written, as far as it was read, in
-    latin-1; `position` is the file's before the call.
     """
 
-    tid: int
-    number: int
     fd: int
     file: PathArgument
     position: int
     flags: int
-    arguments: list[int | None]
-    data: str
+
+
+class Part(NamedTuple):
+    """What an address in the arguments of a call is of: a buffer, or the several buffers of a vector or a message.
+
+    `sizes` are theirs, in bytes; `data` is what is written from them, as far as it was read, in latin-1; `address` is
+    that of a message's socket.
+    """
+
+    sizes: list[int]
+    data: str = ""
     address: str = ""
+
+
+class Transfer(NamedTuple):
+    """A call on open files. `arguments` are all, those that are addresses as 0 or 1.
+
+    `files` and `parts` are in their order; `needed` are the directories of addresses of sockets.
+    """
+
+    tid: int
+    number: int
+    files: list[Used]
+    arguments: list[int]
+    parts: list[Part]
+    needed: list[Entry]
+
+
+class Opened(NamedTuple):
+    """What a call of the thread that returns descriptors has opened, in the order in which the guest's has."""
+
+    tid: int
+    files: list[Used]
 
 
 class Returns(IntEnum):
@@ -216,7 +241,20 @@ class Sites(NamedTuple):
 
 
 Record = (
-    Birth | Program | Descriptors | Exit | Name | Sleep | Plain | Wait | Signal | Credentials | Files | Transfer | Hit
+    Birth
+    | Program
+    | Descriptors
+    | Exit
+    | Name
+    | Sleep
+    | Plain
+    | Wait
+    | Signal
+    | Credentials
+    | Files
+    | Transfer
+    | Opened
+    | Hit
 )
 Packet = Record | Placed | Site | Sites
 _KINDS: dict[str, type[Packet]] = {kind.__name__: kind for kind in get_args(Packet)}
@@ -235,10 +273,20 @@ def decode(packet: bytes) -> Packet:
     elif kind == "Site":
         values[1] = tuple(values[1])
     elif kind == "Transfer":
-        values[3] = _path(values[3])
+        values[1:] = _transfer(*values[1:])
+    elif kind == "Opened":
+        values[1] = _used(values[1])
     elif kind == "Files":
         values[3] = [_path(path) for path in values[3]]
     return _KINDS[kind](*values)
+
+
+def _transfer(number: int, files: list[Any], arguments: list[int], parts: list[Any], needed: list[Any]) -> list[Any]:
+    return [number, _used(files), arguments, [Part(*part) for part in parts], [Entry(*entry) for entry in needed]]
+
+
+def _used(files: list[Any]) -> list[Used]:
+    return [Used(fd, _path(file), *rest) for fd, file, *rest in files]
 
 
 def _path(value: list[object]) -> PathArgument:

@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _AUDIT_ARCH_X86_64 = 0xC000003E
@@ -52,6 +52,13 @@ class Rule(NamedTuple):
     mask: int = 0
     value: int = 0
 
+    def matches(self, arguments: Sequence[int]) -> bool:
+        """Does it notify a call of its number with these arguments?"""
+        if self.argument is None:
+            return True
+        word = arguments[self.argument] & 0xFFFFFFFF
+        return bool(word & self.mask) if self.mask else word == self.value
+
 
 class Notification(NamedTuple):
     """A call that waits for an answer. `tid` is its thread in the reader's PID namespace; 0 if it is not in there."""
@@ -68,9 +75,9 @@ def program(rules: Iterable[Rule]) -> bytes:
     Raises ValueError when there are more than a filter of this simple form can hold.
     """
     always: list[Rule] = []
-    conditional: list[Rule] = []
+    conditional: dict[int, list[Rule]] = {}
     for rule in rules:
-        (always if rule.argument is None else conditional).append(rule)
+        (always if rule.argument is None else conditional.setdefault(rule.number, [])).append(rule)
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, _DATA_ARCH),
         (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
@@ -81,15 +88,17 @@ def program(rules: Iterable[Rule]) -> bytes:
         raise ValueError(f"more than {_FAR} rules")
     code += [(_JUMP_EQUAL, len(always) - index, 0, rule.number) for index, rule in enumerate(always)]
     code += [(_JUMP, 0, 0, 1), (_RETURN, 0, 0, _RET_USER_NOTIF)]
-    for rule in conditional:
-        test = _JUMP_SET if rule.mask else _JUMP_EQUAL
-        code += [
-            (_JUMP_EQUAL, 0, 4, rule.number),
-            (_LOAD, 0, 0, _DATA_ARGUMENTS + 8 * (rule.argument or 0)),
-            (test, 0, 1, rule.mask or rule.value),
-            (_RETURN, 0, 0, _RET_USER_NOTIF),
-            (_RETURN, 0, 0, _RET_ALLOW),
-        ]
+    for number, group in conditional.items():
+        tests: list[tuple[int, int, int, int]] = []
+        for rule in group:
+            tests += [
+                (_LOAD, 0, 0, _DATA_ARGUMENTS + 8 * (rule.argument or 0)),
+                (_JUMP_SET if rule.mask else _JUMP_EQUAL, 0, 1, rule.mask or rule.value),
+                (_RETURN, 0, 0, _RET_USER_NOTIF),
+            ]
+        if len(tests) >= _FAR:
+            raise ValueError(f"more than {_FAR // 3} rules for a call")
+        code += [(_JUMP_EQUAL, 0, len(tests) + 1, number), *tests, (_RETURN, 0, 0, _RET_ALLOW)]
     code.append((_RETURN, 0, 0, _RET_ALLOW))
     return b"".join(_INSTRUCTION.pack(*each) for each in code)
 

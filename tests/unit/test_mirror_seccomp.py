@@ -52,31 +52,37 @@ _RULES = st.lists(
     | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.integers(1, 0xFFFFFFFF), st.just(0))
     | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.just(0), st.integers(0, 0xFFFFFFFF)),
     max_size=40,
-    unique_by=lambda rule: rule.number,
 )
-
-
-def wanted(rule: Rule, arguments: list[int]) -> bool:
-    if rule.argument is None:
-        return True
-    value = arguments[rule.argument] & 0xFFFFFFFF
-    return bool(value & rule.mask) if rule.mask else value == rule.value
 
 
 @given(_RULES, _NUMBERS, st.lists(st.integers(0, (1 << 64) - 1), min_size=6, max_size=6))
 def test_a_filter_does_what_its_rules_say(rules: list[Rule], number: int, arguments: list[int]) -> None:
     code = program(rules)
-    expected = any(rule.number == number and wanted(rule, arguments) for rule in rules)
+    expected = any(rule.number == number and rule.matches(arguments) for rule in rules)
     assert run(code, number, arguments=arguments) == (_NOTIFY if expected else _ALLOW)
     assert run(code, number, _I386, arguments) == _ALLOW
     for rule in rules:
-        assert run(code, rule.number, arguments=arguments) == (_NOTIFY if wanted(rule, arguments) else _ALLOW)
+        expected = any(each.number == rule.number and each.matches(arguments) for each in rules)
+        assert run(code, rule.number, arguments=arguments) == (_NOTIFY if expected else _ALLOW)
 
 
 def test_too_many_rules_are_refused() -> None:
     assert run(program(map(Rule, range(255))), 254) == _NOTIFY
     with pytest.raises(ValueError, match="255"):
         program(map(Rule, range(256)))
+    with pytest.raises(ValueError, match="85"):
+        program(Rule(1, 0, value=value) for value in range(85))
+
+
+def test_rules_say_what_they_match() -> None:
+    arguments = [1 << 40 | 6, 0, 0, 0, 0, 0]
+    assert Rule(1).matches(arguments)
+    assert Rule(1, 0, value=6).matches(arguments)
+    assert not Rule(1, 0, value=4).matches(arguments)
+    assert Rule(1, 0, mask=4).matches(arguments)
+    assert not Rule(1, 0, mask=1).matches(arguments)
+    fcntl = calls.NUMBER["fcntl"]
+    assert [calls.find(fcntl, [3, command]).arguments for command in (0, 1030, 6)] == ["Oii", "Oii", "OiB"]
 
 
 def test_levels() -> None:

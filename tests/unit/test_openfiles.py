@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.endpoints import Endpoints
 from fakefs.mirror.hostpaths import HostPaths
-from fakefs.mirror.openfiles import descriptors, parse_info, used
-from fakefs.mirror.records import Transfer
+from fakefs.mirror.openfiles import descriptors, parse_info, transfer
+from fakefs.mirror.records import Used
 from fakefs.mirror.seccomp import Notification
 
 
-def _used(fd: int, paths: HostPaths, name: str = "read") -> Transfer:
+def _used(fd: int, paths: HostPaths, name: str = "read") -> Used:
     call = BY_NUMBER[NUMBER[name]]
     me = os.getpid()
-    return used(Notification(1, me, call.number, (fd, 0, 10, 0, 0, 0)), call, me, paths, Endpoints())
+    record = transfer(Notification(1, me, call.number, (fd, 0, 10, 0, 0, 0)), call, me, paths, Endpoints())
+    assert (record.arguments, record.parts) == ([fd, 0, 10], [])
+    return record.files[0]
 
 
 def test_each_kind(tmp_path: Path) -> None:
@@ -31,12 +33,12 @@ def test_each_kind(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     opened = [os.open(path, os.O_RDWR) for path in (file, fifo, "/dev/null")] + [*os.pipe()]
     os.lseek(opened[0], 3, os.SEEK_SET)
-    records = [_used(fd, paths) for fd in opened]
-    assert [record.file.text for record in records[:3]] == [str(file), str(fifo), ""]
-    assert records[0].position == 3
-    assert records[3].file.text == records[4].file.text
-    assert records[3].file.text.startswith("pipe:[")
-    assert [record.flags & os.O_ACCMODE for record in records[3:]] == [os.O_RDONLY, os.O_WRONLY]
+    used = [_used(fd, paths) for fd in opened]
+    assert [each.file.text for each in used[:3]] == [str(file), str(fifo), ""]
+    assert used[0].position == 3
+    assert used[3].file.text == used[4].file.text
+    assert used[3].file.text.startswith("pipe:[")
+    assert [each.flags & os.O_ACCMODE for each in used[3:]] == [os.O_RDONLY, os.O_WRONLY]
     assert {*opened, root} <= set(descriptors(os.getpid()))
     for fd in (*opened, root):
         os.close(fd)
