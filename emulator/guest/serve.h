@@ -43,7 +43,7 @@ enum { ECANCELED = 125 };
 enum {
 	SIGINT = 2, SIGILL = 4, SIGTRAP = 5, SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SIGPIPE = 13, SIGCHLD = 17,
 };
-enum { SIG_IGN = 1, SA_RESTORER = 0x04000000, SA_ONSTACK = 0x08000000 };
+enum { SIG_IGN = 1, SA_NOCLDWAIT = 2, SA_RESTORER = 0x04000000, SA_ONSTACK = 0x08000000 };
 
 #ifdef HOSTED /* a test on the host stands for the kernel: tests/native/agent.c */
 static long syscall6(long number, long a, long b, long c, long d, long e, long f);

@@ -2,7 +2,8 @@
  * The program image of a process of the guest that stands for one of the host's. The host puts it at the path of the
  * real program, has the process execute it, and finds the task serving its slot again.
  *
- * The first variable of its environment says which that is: two decimal numbers, slot and physical address.
+ * The first variable of its environment has three decimal numbers: which slot that is, its physical address, and whether
+ * children leave no status when they end.
  */
 #include "serve.h"
 
@@ -22,7 +23,10 @@ __attribute__((used, noreturn)) static void start(long *stack)
 
 	variable++;
 	physical = number(&variable);
+	variable++;
 	on(SIGINT, on_signal);
+	if (number(&variable))
+		on_with(SIGCHLD, 0, SA_NOCLDWAIT, 0);
 	serve(slot, physical);
 }
 

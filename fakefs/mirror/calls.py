@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from fakefs.mirror import trampoline
 from fakefs.mirror.seccomp import Rule
+from fakefs.mirror.sigframe import RT_SIGRETURN
 
 
 class Level(IntEnum):
@@ -107,6 +108,7 @@ TABLE = (
     Call(62, "kill", _P),
     Call(200, "tkill", _P),
     Call(234, "tgkill", _P),
+    Call(RT_SIGRETURN, "rt_sigreturn", _P),  # a handler has been run
     Call(298, "perf_event_open", _P),  # refused where it would be about another tracepoint than is meant
     # files by their names
     Call(2, "open", _F, "Pii"),

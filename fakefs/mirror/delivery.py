@@ -1,8 +1,9 @@
 """Signals in the guest: sent by the shadow of the sender, delivered where they are delivered on the host.
 
-In shadows all signals but one of ours are blocked: what a signal does to a process is the host's decision. One that is
-caught there is let through to a handler that does nothing; one that has ended its process there is let through to end
-its shadow; stopping and going on are the kernel's at once.
+In shadows all signals but one of ours are blocked: what a signal does to a process is the host's decision. When a
+handler has been run there, the signal is let through to one that does nothing, and sent before that if it was the
+host's kernel that has sent it; one that has ended its process there is let through to end its shadow; stopping and
+going on are the kernel's at once.
 """
 
 from __future__ import annotations
@@ -12,16 +13,28 @@ import struct
 
 from emulator.agent import Call
 from fakefs.mirror.processes import KEPT, Mirrored, Processes
-from fakefs.mirror.records import Signal
+from fakefs.mirror.records import Handled, Signal
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
 
 _SIG_BLOCK, _SIG_UNBLOCK, _SIG_SETMASK = 0, 1, 2
 _ACTION_SIZE, _SET_SIZE = 32, 8
+_ACTION, _OLD_ACTION, _SET, _PENDING, _SIGINFO = 0, 32, 64, 72, 128  # where they are in a data area
 _CORE_DUMPED = 0x80
 _SURVIVED = frozenset(
     getattr(signal, f"SIG{name}") for name in ("CHLD", "CONT", "URG", "WINCH", "STOP", "TSTP", "TTIN", "TTOU")
 )
+_SI_KERNEL = 0x80  # <asm-generic/siginfo.h>
+_SIGINFO_LAYOUT = struct.Struct("<3i4x3I100x")
+_OF_THREADS = frozenset(getattr(signal, f"SIG{name}") for name in ("SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "PIPE"))
+_KERNELS = _OF_THREADS - {signal.SIGPIPE} | frozenset(
+    getattr(signal, f"SIG{name}")
+    for name in (
+        *("ALRM", "VTALRM", "PROF", "INT", "QUIT", "TSTP", "TTIN", "TTOU", "WINCH", "HUP", "CONT"),
+        *("IO", "URG", "XCPU", "XFSZ"),
+    )
+)
+"""Signals that the kernel sends, if nothing else is known of the sender."""
 
 
 class Delivery:
@@ -58,25 +71,42 @@ class Delivery:
             if shadow.task.dead:
                 continue
             if shadow.tid in record.caught:
-                await self._deliver(shadow, number)
+                shadow.sent.add(number)
             elif 0 < number <= 64 and number not in _SURVIVED:
                 shadow.doomed = number
 
-    async def _deliver(self, shadow: Mirrored, number: int) -> None:
-        """Let a signal that is pending through to the handler of the one that is not blocked."""
-        at = shadow.task.virtual
-        async with self._processes.blocking.aside(shadow, sleeps=False), shadow.lock:
-            self._agent.put(shadow.task, 2 * _ACTION_SIZE, struct.pack("<Q", 1 << (number - 1)))
-            bit = at(2 * _ACTION_SIZE)
-            calls: list[Call] = [
-                (Sys.RT_SIGACTION, signal.SIGINT, 0, at(0), _SET_SIZE),
-                (Sys.RT_SIGACTION, number, at(0), at(_ACTION_SIZE), _SET_SIZE),
-                (Sys.RT_SIGPROCMASK, _SIG_UNBLOCK, bit, 0, _SET_SIZE),
-            ]
-            if not 1 << (number - 1) & KEPT:
-                calls.append((Sys.RT_SIGPROCMASK, _SIG_BLOCK, bit, 0, _SET_SIZE))
-                calls.append((Sys.RT_SIGACTION, number, at(_ACTION_SIZE), 0, _SET_SIZE))
-            await self._pump.call(shadow.task, calls)
+    async def handled(self, record: Handled) -> None:
+        """A thread has run a handler: so does its shadow, for the same signal."""
+        shadow = self._processes.find(record.tid)
+        if shadow is None:
+            return
+        await self._processes.blocking.interrupt(shadow)
+        sent = record.number in shadow.sent
+        shadow.sent.discard(record.number)
+        async with shadow.lock:
+            await self._deliver(shadow, record.number, None if sent else _siginfo(record))
+
+    async def _deliver(self, shadow: Mirrored, number: int, info: bytes | None) -> None:
+        """Let a signal through to the handler of the one that is not blocked; if it is not pending, send it first."""
+        at, bit = shadow.task.virtual, shadow.task.virtual(_SET)
+        self._agent.put(shadow.task, _SET, struct.pack("<Q", 1 << (number - 1)))
+        await self._pump.call(shadow.task, [(Sys.RT_SIGPENDING, at(_PENDING), _SET_SIZE)])
+        [pending] = struct.unpack("<Q", self._agent.get(shadow.task, _PENDING, _SET_SIZE))
+        calls: list[Call] = []
+        if not pending >> (number - 1) & 1:
+            if info is None:
+                return
+            self._agent.put(shadow.task, _SIGINFO, info)
+            calls.append(_to_itself(shadow, number, at(_SIGINFO)))
+        calls += [
+            (Sys.RT_SIGACTION, signal.SIGINT, 0, at(_ACTION), _SET_SIZE),
+            (Sys.RT_SIGACTION, number, at(_ACTION), at(_OLD_ACTION), _SET_SIZE),
+            (Sys.RT_SIGPROCMASK, _SIG_UNBLOCK, bit, 0, _SET_SIZE),
+        ]
+        if not 1 << (number - 1) & KEPT:
+            calls.append((Sys.RT_SIGPROCMASK, _SIG_BLOCK, bit, 0, _SET_SIZE))
+            calls.append((Sys.RT_SIGACTION, number, at(_OLD_ACTION), 0, _SET_SIZE))
+        await self._pump.call(shadow.task, calls)
 
     async def end(self, shadow: Mirrored, status: int | None) -> None:
         """A process has ended on the host without telling: end its shadow likewise.
@@ -114,3 +144,19 @@ class Delivery:
                 (Sys.EXIT_GROUP, 128 + number),
             ]
             await self._pump.call(shadow.task, calls)
+
+
+def _siginfo(record: Handled) -> bytes | None:
+    """Return the siginfo_t of a signal that no mirrored process has sent; None of a child's end: that sends it."""
+    if record.number == signal.SIGCHLD:
+        return None
+    sender = [0, _SI_KERNEL if record.number in _KERNELS else 0, 0, 0, 0]
+    error, code, *words = record.info or sender
+    return _SIGINFO_LAYOUT.pack(record.number, error, code, *words)
+
+
+def _to_itself(shadow: Mirrored, number: int, info: int) -> Call:
+    """Only to itself may a thread send what looks like the kernel's."""
+    if shadow.tid == shadow.tgid and number not in _OF_THREADS:
+        return (Sys.RT_SIGQUEUEINFO, shadow.task.pid, number, info)
+    return (Sys.RT_TGSIGQUEUEINFO, shadow.tgid, shadow.task.pid, number, info)

@@ -13,11 +13,12 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
 from fakefs import mountpoint, namespace
-from fakefs.mirror import calls
+from fakefs.mirror import calls, sigframe
 from fakefs.mirror.calls import Level
 from fakefs.mirror.seccomp import Listener, install, program
 
@@ -122,4 +123,6 @@ def _proceed(listener: Listener, in_flight: mmap.mmap) -> None:
         while True:
             notification = listener.receive()
             if notification is not None:
+                if notification.number == sigframe.RT_SIGRETURN:
+                    sigframe.leave(notification.tid, partial(listener.is_valid, notification.id))
                 listener.proceed(notification.id)

@@ -30,6 +30,7 @@ from fakefs.mirror.records import (
     Descriptors,
     Exit,
     Files,
+    Handled,
     Hit,
     Name,
     Opened,
@@ -179,6 +180,8 @@ class Mirror:
                 if (shadow := processes.find(tid)) is not None:
                     await processes.settle(shadow)
                     await processes.call(shadow, (number, *arguments))
+            case Handled():
+                await self._delivery.handled(record)
             case Signal():
                 await self._delivery.send(record)
             case Died(shadow, status):

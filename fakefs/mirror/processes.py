@@ -32,6 +32,7 @@ KEPT = 1 << (signal.SIGINT - 1)
 """The one signal that is not blocked: it interrupts a shadow, and has a handler."""
 _WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
 _COMM_MAX = 15
+_NOT_REAPED = struct.pack("<QQ16x", 0, 2)  # struct sigaction: SIG_DFL, SA_NOCLDWAIT
 _ANSWER_SIZE = 256  # room for a status, siginfo or rusage
 # <linux/pidfd.h>: struct pidfd_info, of which what is asked for, and the status
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO = 0xC040FF0B, 1 << 3, struct.Struct("<Q52xi")
@@ -83,8 +84,9 @@ class Mirrored(Shadow):
     """The shadow of a thread whose calls are mirrored. `cwd` and `umask` are those its process has in the guest.
 
     `files` are the open files that it was seen to use, by their descriptors on the host. `rooms` are those it has of
-    `fakefs.mirror.rooms`. `doomed` is the last signal
-    that will have ended it, if nothing else is known of its end.
+    `fakefs.mirror.rooms`. `doomed` is the last signal that will have ended it, if nothing else is known of its end.
+    `sent` are signals with a handler on the host that a shadow has sent its process, and that no handler has been run
+    for yet; threads share it.
     """
 
     __slots__ = (
@@ -96,6 +98,7 @@ class Mirrored(Shadow):
         "parent",
         "probed",
         "rooms",
+        "sent",
         "status",
         "tgid",
         "umask",
@@ -113,6 +116,7 @@ class Mirrored(Shadow):
         self.unclaimed: list[Unclaimed] = []
         self.rooms: set[bool] = set()
         self.probed = Probed()
+        self.sent: set[int] = set()
         self.cwd = "/"
         self.ended = False  # its process has, on the host, without telling
         self.status: int | None = None  # with which it has
@@ -220,6 +224,7 @@ class Processes:
         shadow.files = parent.files if shares else dict(parent.files)
         shadow.unclaimed = parent.unclaimed if shares else list(parent.unclaimed)
         shadow.probed = parent.probed if shares else parent.probed.copy()
+        shadow.sent = parent.sent if shares else set()
         return shadow
 
     async def _leave_init(self, shadow: Mirrored) -> None:
@@ -227,12 +232,12 @@ class Processes:
         at = shadow.task.virtual
         async with shadow.lock:
             self._agent.put(shadow.task, 0, struct.pack("<Q", ~KEPT & (1 << 64) - 1))
-            self._agent.put(shadow.task, 512, bytes(32))  # SIG_DFL: init ignores it, and its children leave no trace
+            self._agent.put(shadow.task, 512, bytes(32) if self._reaped else _NOT_REAPED)  # init ignores it
             self._agent.put(shadow.task, 64, OTHER_ROOT + b"\0/\0" + shadow.comm[:_COMM_MAX] + b"\0")
             await self._pump.call(
                 shadow.task,
                 [
-                    *([(Sys.RT_SIGACTION, signal.SIGCHLD, at(512), 0, 8)] if self._reaped else []),
+                    (Sys.RT_SIGACTION, signal.SIGCHLD, at(512), 0, 8),
                     (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(0), 0, 8),
                     (Sys.CLOSE_RANGE, 0, WINDOW_FD - 1, 0),
                     (Sys.SETSID,),
@@ -265,8 +270,9 @@ class Processes:
         shadow.files = dict(shadow.files)
         shadow.probed = Probed()
         shadow.rooms = set()
+        shadow.sent = set()
         name = os.fsencode(program.file.text)
-        where = b"%d %d" % (shadow.task.slot, self._agent.physical(shadow.task))
+        where = b"%d %d %d" % (shadow.task.slot, self._agent.physical(shadow.task), not self._reaped)
         async with shadow.lock:
             argv = [os.fsencode(word) for word in program.argv] or [b""]
             blob, offsets = strings([name, where, os.fsencode(program.cwd), *argv])

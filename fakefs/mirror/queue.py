@@ -3,7 +3,8 @@
 A dynamic program opens files by the dozen when it starts, and having another task of the guest make a call costs
 several times the call. So when the guest is behind, what a thread looks at next is added to the look of its that waits
 already, past other threads' records in between. That differs from the host's order by no more than the guest is
-behind, and records that could make a difference are not passed.
+behind, and records that could make a difference are not passed. A signal that a thread handles again before the guest
+has come to it is one signal there, as it is while it is pending.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.processes import Mirrored
-from fakefs.mirror.records import Birth, Entry, Files, Program, Record, Transfer
+from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Transfer
 
 _OPENS = {NUMBER["open"]: 1, NUMBER["openat"]: 2, NUMBER["openat2"]: 2}
 """Which argument has the flags."""
@@ -70,19 +71,27 @@ class Died(NamedTuple):
 
 
 class Queue:
-    """Puts looks together unless `in_order`."""
+    """Puts looks and signals together unless `in_order`."""
 
     def __init__(self, *, in_order: bool = False) -> None:
         self._waiting: deque[Record | Looks | Died] = deque()
         self._in_order = in_order
         self._open: dict[int, Looks] = {}  # the last ones of each thread, that more can be added to
         self._above: list[Entry] = []
+        self._handled: set[tuple[int, int]] = set()  # threads and signals: they have done nothing since
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, record: Record | Died) -> bool:
         """Take in what comes last; False when that became part of what waits already."""
+        if isinstance(record, Handled):
+            if (record.tid, record.number) in self._handled:
+                return False
+            if not self._in_order:
+                self._handled.add((record.tid, record.number))
+        elif self._handled and not isinstance(record, Died):
+            self._handled = {each for each in self._handled if each[0] != record.tid}
         if isinstance(record, Died):
             self._open.pop(record.shadow.tid, None)
         elif looks(record):
@@ -126,4 +135,6 @@ class Queue:
         first = self._waiting.popleft()
         if isinstance(first, Looks) and self._open.get(first.tid) is first:
             del self._open[first.tid]
+        elif isinstance(first, Handled):
+            self._handled.discard((first.tid, first.number))
         return first

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from fakefs.mirror import credentials, openfiles, refused, signals, trampoline
+from fakefs.mirror import credentials, openfiles, refused, sigframe, trampoline
 from fakefs.mirror.arguments import AT_FDCWD, Arguments, NoPath, argv_at, room, signed, string_at
 from fakefs.mirror.births import Image, read_birth, read_image
 from fakefs.mirror.calls import Call, Level, find
@@ -43,6 +43,8 @@ from fakefs.mirror.records import (
     encode,
 )
 from fakefs.mirror.seccomp import Listener, Notification, read_memory
+from fakefs.mirror.sigframe import Frame
+from fakefs.mirror.signals import Signals
 from fakefs.mirror.uprobes import Uprobes
 
 _AT_EMPTY_PATH = 0x1000
@@ -91,6 +93,7 @@ class Recorder:
         self._uprobes = uprobes
         self._endpoints = Endpoints()
         self._outcomes = Outcomes(paths, self._endpoints)
+        self._signals = Signals()
         self._arguments = Arguments(paths)
         self._outside = outside
         self._level = level
@@ -143,8 +146,9 @@ class Recorder:
             self._in_flight(notification.id)
             refusal = 0
             try:
+                frame = self._leave(notification)
                 if self._daemon is not None and notification.tid > 0:
-                    refusal = self._note(notification)
+                    refusal = self._note(notification, frame)
             finally:
                 if refusal:
                     self._listener.refuse(notification.id, refusal)
@@ -162,7 +166,12 @@ class Recorder:
             self._send(placed)
         return bool(packet)
 
-    def _note(self, notification: Notification) -> int:
+    def _leave(self, notification: Notification) -> Frame | None:
+        if notification.number != sigframe.RT_SIGRETURN:
+            return None
+        return sigframe.leave(notification.tid, partial(self._listener.is_valid, notification.id))
+
+    def _note(self, notification: Notification, frame: Frame | None) -> int:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile.
 
         Return the error number of a call that is to be refused, else 0.
@@ -170,7 +179,7 @@ class Recorder:
         records: list[Record] = []
         refusal = 0
         try:
-            for record in self._records(notification):
+            for record in self._records(notification, frame):
                 records.append(record)  # those before an error are wanted
         except refused.Refused as error:
             refusal = error.number
@@ -205,16 +214,22 @@ class Recorder:
 
     # ---- threads
 
-    def _records(self, notification: Notification) -> Iterator[Record]:
+    def _records(self, notification: Notification, frame: Frame | None) -> Iterator[Record]:
         if notification.tid not in self._threads:
             yield from self._births(notification.tid)
             if notification.tid not in self._threads:
                 return  # it has been killed
         yield from self._outcomes.seen(notification.tid)
+        tgid = self._threads[notification.tid].tgid
+        if frame is not None:
+            yield from self._signals.handled(notification.tid, tgid, frame)
+        yield from self._signals.arrived(notification.tid, tgid)
+        if notification.number == sigframe.RT_SIGRETURN:
+            return
         waits = partial(self._listener.is_valid, notification.id)
         if notification.number == trampoline.NUMBER:
             if notification.arguments[0] == trampoline.RETURN:  # those that it has forked return there too
-                yield from self._unseen_children(self._threads[notification.tid].tgid, notification.tid)
+                yield from self._unseen_children(tgid, notification.tid)
             yield from self._uprobes.hit(notification, waits)
             return
         call = find(notification.number, notification.arguments)
@@ -225,8 +240,7 @@ class Recorder:
             self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
         if call.is_on_open_files:
-            pid = self._threads[notification.tid].tgid
-            yield from self._outcomes.expect(notification, call, pid, self._transfer(notification, call))
+            yield from self._outcomes.expect(notification, call, tgid, self._transfer(notification, call))
         elif call.arguments.startswith(("U", "G")):
             yield credentials.requested(notification, call)
         elif special is not None:
@@ -293,6 +307,7 @@ class Recorder:
         leader = notification.tid
         threads = [tid for tid, thread in self._threads.items() if thread.tgid == leader]
         programs = [self._programs.pop(tid).program for tid in threads if tid in self._programs]
+        self._signals.forget(leader)
         if programs:
             for tid in threads:
                 if tid != leader:
@@ -310,6 +325,7 @@ class Recorder:
         for each in gone:
             del self._threads[each]
             self._programs.pop(each, None)
+            self._signals.forget(each)
         yield Exit(tid, notification.arguments[0] & 0xFF, group)
 
     def _unseen_children(self, tgid: int, tid: int) -> Iterator[Record]:
@@ -342,7 +358,7 @@ class Recorder:
             birth = read_birth(target)
             if birth is not None and birth.parent in self._threads:
                 yield from self._births(target)
-        yield signals.sent(notification, call, {tid: thread.tgid for tid, thread in self._threads.items()})
+        yield self._signals.sent(notification, call, {tid: thread.tgid for tid, thread in self._threads.items()})
 
     def _wait(self, notification: Notification, call: Call) -> Iterator[Record]:
         """A child that nobody has seen yet would not be waited for."""

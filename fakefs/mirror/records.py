@@ -113,6 +113,14 @@ class Signal(NamedTuple):
     caught: list[int]
 
 
+class Handled(NamedTuple):
+    """A thread has run a handler for a signal. `info`: si_errno, si_code and three words; nothing if not known."""
+
+    tid: int
+    number: int
+    info: list[int]
+
+
 class Credentials(NamedTuple):
     """A call of setuid(2)'s family. `ids` are its arguments, or the groups it sets; None if there are no such.
 
@@ -250,6 +258,7 @@ Record = (
     | Plain
     | Wait
     | Signal
+    | Handled
     | Credentials
     | Files
     | Transfer

@@ -62,6 +62,87 @@ except KeyboardInterrupt: pass
     assert slept.pid in [hit.pid for hit in _of(seen, "sched_process_exit")]
 
 
+def test_the_kernels_are_sent_as_the_kernel_does(mirrored: Run) -> None:
+    """A timer's, which ends a sleep; a child's end, told by the child; none twice."""
+    program = """
+import os, signal, time
+def end(*_): raise InterruptedError
+signal.signal(signal.SIGALRM, end)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+try: time.sleep(1000)
+except InterruptedError: pass
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'r:slept do_nanosleep' > kprobe_events
+        on signal/signal_generate signal/signal_deliver kprobes/slept
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "files",
+    )
+    seen = hits(done)
+    python = _of(seen, "slept")[0].pid
+    about = [
+        (hit.event, hit.pid, hit.fields["sig"], hit.fields["code"])
+        for hit in seen
+        if hit.event.startswith("signal_") and hit.fields["sig"] in (14, 17)
+    ]
+    shell = about[-1][1]
+    assert about == [
+        ("signal_generate", python, 14, 128),
+        ("signal_deliver", python, 14, 128),
+        ("signal_generate", python, 17, 1),
+        ("signal_deliver", shell, 17, 1),
+    ]
+
+
+def test_one_that_is_blocked_waits(mirrored: Run) -> None:
+    """Until its process lets it through."""
+    program = """
+import os, signal, time
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.001)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+time.sleep(0.001)
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:slept do_nanosleep' > kprobe_events
+        on signal/signal_generate signal/signal_deliver kprobes/slept
+        for event in generate deliver; do echo sig == 10 > events/signal/signal_$event/filter; done
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "process",
+    )
+    assert [hit.event for hit in hits(done)] == ["signal_generate", "slept", "signal_deliver", "slept"]
+
+
+def test_timers_by_the_thousand(mirrored: Run) -> None:
+    """Handlers that interrupt each other, and their own return, are noticed by nobody."""
+    program = """
+import signal, time
+count = {}
+for number in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF):
+    signal.signal(number, lambda number, _: count.__setitem__(number, count.get(number, 0) + 1))
+end = time.monotonic() + 0.3
+for timer, interval in ((signal.ITIMER_REAL, 9e-4), (signal.ITIMER_VIRTUAL, 1e-3), (signal.ITIMER_PROF, 1e-3)):
+    signal.setitimer(timer, interval, interval)
+while time.monotonic() < end: pass
+for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF): signal.setitimer(timer, 0)
+print(sorted(count))
+"""
+    done = mirrored(SETUP + f"on signal/signal_deliver\n{FAKEFS[0]} -c '{program}'" + SHOW, "process")
+    delivered = {hit.fields["sig"] for hit in hits(done)}
+    assert done.stdout.splitlines()[0] == "[14, 26, 27]"
+    assert {14, 26, 27} <= delivered
+
+
 def test_one_that_ends_a_process_ends_its_shadow(mirrored: Run) -> None:
     """It is sent once, delivered once, and is what the kernel's exit code says. SIGHUP may be ignored: nohup(1)."""
     done = mirrored(

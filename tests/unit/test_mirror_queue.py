@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.queue import Looks, Queue, looks
-from fakefs.mirror.records import Birth, Entry, Exit, Files, Name, PathArgument, Program, Record
+from fakefs.mirror.records import Birth, Entry, Exit, Files, Handled, Name, PathArgument, Program, Record
 
 _DIRECTORY, _FILE = 0o40755, 0o100644
 
@@ -68,6 +68,19 @@ def test_a_file_that_has_changed_is_looked_at_anew() -> None:
     assert queue.put(opened(1, entry("/a")))
     assert queue.put(opened(1, entry("/a", 0)))
     assert not queue.put(opened(1, entry("/a", 0)))
+
+
+def test_a_signal_handled_again_is_one() -> None:
+    queue = Queue()
+    one = Handled(1, 14, [])
+    assert [queue.put(each) for each in (one, one, Handled(1, 10, []), Handled(2, 14, []), one)] == [1, 0, 1, 1, 0]
+    assert queue.take() == one
+    assert queue.put(one)
+    assert queue.put(Name(1, "a"))
+    assert queue.put(one)
+    in_order = Queue(in_order=True)
+    assert in_order.put(one)
+    assert in_order.put(one)
 
 
 _NAMES = st.sampled_from(["a", "b", "c"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.records import Signal
 from fakefs.mirror.seccomp import Notification
-from fakefs.mirror.signals import catches, caught, receivers, sent
+from fakefs.mirror.signals import Signals, catches, parse_masks, receivers
 
 
 def test_handlers_are_seen() -> None:
@@ -41,9 +41,9 @@ def test_a_thread_is_told_apart_from_its_process() -> None:
     groups = {10: 10, 11: 10, 20: 20}
     tgkill, kill = (BY_NUMBER[NUMBER[name]] for name in ("tgkill", "kill"))
     minus_one = (1 << 64) - 1
-    record = sent(Notification(1, 20, tgkill.number, (10, 11, 9, 0, 0, 0)), tgkill, groups)
+    record = Signals().sent(Notification(1, 20, tgkill.number, (10, 11, 9, 0, 0, 0)), tgkill, groups)
     assert record == Signal(20, tgkill.number, [10, 11, 9], [11], [])
-    record = sent(Notification(1, 20, kill.number, (11, minus_one, 9, 0, 0, 0)), kill, groups)
+    record = Signals().sent(Notification(1, 20, kill.number, (11, minus_one, 9, 0, 0, 0)), kill, groups)
     assert record == Signal(20, kill.number, [11, -1], [], [])
 
 
@@ -51,4 +51,4 @@ def test_a_thread_is_told_apart_from_its_process() -> None:
 def test_any_bytes(status: bytes) -> None:
     for text in (status, b"\nSigCgt:\t" + status):
         with contextlib.suppress(ValueError):
-            caught(text)
+            parse_masks(text)
