@@ -86,7 +86,7 @@ class Layout:
             return self._structure(b"".join(POLLFD.pack(self._fds.get(fd, -1), events) for fd, events in polled))
         if letter == "e":
             bits = {self._fds[fd] for fd in chosen(data) if self._fds.get(fd, _SET_BITS) < _SET_BITS}
-            self._highest = max(self._highest, *bits)
+            self._highest = max([self._highest, *bits])
             return self._structure(sum(1 << fd for fd in bits).to_bytes(_SET_BITS // 8, "little"))
         content = data.ljust(part.sizes[0], b"\0") if part.sizes else part.address.encode("latin-1")
         self._size = len(content)
