@@ -149,7 +149,8 @@ class GuestPaths:
         *above, entry = entries
         for each in above:
             self._equal(each)
-        if (file := self._known.get(entry.path)) is None or not file.stub:
+        file = self._known.get(entry.path)
+        if not _is_guests_own(f"{entry.path}/") and (file is None or not file.stub):  # that is /proc/self/exe, a stub
             self._remove(entry.path)
             file = self._known[entry.path] = _File(entry, stub=True)
             self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0, names=file)

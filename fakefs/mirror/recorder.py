@@ -287,7 +287,7 @@ class Recorder:
         directory = signed(arguments[0]) if at else AT_FDCWD
         if at and not text and arguments[4] & _AT_EMPTY_PATH:
             text = os.readlink(f"/proc/{notification.tid}/fd/{directory}")
-        file, cwd = self._arguments.path(notification.tid, directory, text, follow=True)
+        file, cwd = self._arguments.path(notification.tid, directory, text, follow=True, kernels=True)
         argv = list(argv_at(notification.tid, arguments[at + 1]))
         program = Program(notification.tid, file, argv, cwd)
         self._programs[notification.tid] = _Execve(program, read_image(notification.tid))

@@ -100,6 +100,12 @@ def test_programs_by_relative_paths(environment: dict[str, str], kernel_path: Pa
     assert next(hit.fields["filename"] for hit in hits(done)) == "bin/true"
 
 
+def test_a_program_that_runs_itself_again(mirrored: Run) -> None:
+    """By a link of the kernel's, which leads to what stands for it in the guest."""
+    done = mirrored(_SETUP + "on sched/sched_process_exec\n(exec /proc/self/exe -c 'exec /bin/true')" + _SHOW)
+    assert [hit.fields["filename"] for hit in hits(done)][:2] == ["/proc/self/exe", "/bin/true"]
+
+
 def test_files_by_their_names(mirrored: Run) -> None:
     """Probes see the host's names, types and order; the files are the host's alone."""
     done = mirrored(

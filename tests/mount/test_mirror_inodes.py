@@ -58,6 +58,29 @@ def test_probes_see_the_hosts_sizes(mirrored: Run, tmp_path: Path, mirror: str) 
     assert "truncates" not in {hit.event for hit in seen}
 
 
+def test_sizes_of_odd_files(mirrored: Run) -> None:
+    """Names of any bytes, by links and from a removed directory; sizes beyond everything; what has none."""
+    done = mirrored(
+        SETUP
+        + _PROBES
+        + r"""
+        bad=$'\xff\xfe'; echo one > "$bad"; ln -s "$bad" link; ln -s link again; echo two >> again; rm link "$bad"
+        ln -s loop loop; { echo x > loop; } 2> /dev/null; rm loop
+        mkdir gone; cd gone; rmdir ../gone; { echo x > file; } 2> /dev/null; echo three > ../up; cd ..; rm up
+        truncate -s 2T huge; cat huge 2> /dev/null | head -c 1 > /dev/null; rm huge
+        dd if=/dev/zero of=far bs=1 seek=1T count=1 status=none; truncate -s -1 far; rm far
+        mkfifo fifo; (echo through > fifo &); cat fifo > /dev/null; rm fifo
+        python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("socket")'; cat socket 2> /dev/null; rm socket
+        """
+        + SHOW,
+    )
+    seen = sizes(hits(done))
+    links = {"link": 2, "loop": 4}
+    assert {name: seen.pop(name) for name in links} == links
+    assert seen.pop("\udcff\udcfe") == 8
+    assert seen == {"up": 6, "huge": 2 << 40, "far": 1 << 40, "fifo": 0, "socket": 0}
+
+
 def test_a_size_that_others_change(mirrored: Run, tmp_path: Path) -> None:
     """Nothing tells of it: it grows, shrinks, and is gone entirely when the file is looked at."""
     for name in ("grows", "shrinks", "empties"):
