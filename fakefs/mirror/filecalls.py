@@ -98,9 +98,10 @@ class FileCalls:
                 at = 1 if record.number == NUMBER["open"] else 2
                 flags = words[at]
                 assert isinstance(flags, int)
-                words[at] = flags | os.O_NONBLOCK | os.O_NOCTTY
+                if stat.S_ISFIFO(record.paths[0].entry.mode):
+                    flags |= os.O_NONBLOCK  # nobody else may ever open it here
+                words[at] = flags
                 if record.number == NUMBER["openat2"]:
-                    flags |= os.O_NONBLOCK | os.O_NOCTTY
                     if flags & os.O_PATH:
                         flags &= _WITH_PATH
                     words[at:] = [_OPEN_HOW.pack(flags, words[at + 1], 0), _OPEN_HOW.size]
@@ -109,7 +110,7 @@ class FileCalls:
             return [(record.number, *words), (Sys.CLOSE, fd), (Sys.CLOSE, second)], 0
         if BY_NUMBER[record.number].arguments.startswith("F"):
             access = os.O_RDWR if record.number == Sys.FTRUNCATE else os.O_RDONLY
-            opening = (Sys.OPENAT, AT_FDCWD, words[0], access | os.O_NONBLOCK | os.O_NOCTTY, 0)
+            opening = (Sys.OPENAT, AT_FDCWD, words[0], access | os.O_NONBLOCK, 0)
             return [*before, opening, (record.number, fd, *words[1:]), (Sys.CLOSE, fd)], len(before) + 1
         return [*before, (record.number, *words)], len(before)
 

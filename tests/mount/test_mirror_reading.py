@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from os import O_PATH
+from os import O_CREAT, O_PATH, O_RDONLY, O_TRUNC, O_WRONLY
 from pathlib import Path
 
 from fakefs.records import parse
 from tests.mount.conftest import Run
 from tests.mount.mirrored import SETUP, SHOW, hits
 
+_O_LARGEFILE = 0x8000  # the kernel adds it
 _OPENS = """
     echo 'p:opened do_sys_openat2 name=+0($arg2):ustring comm=$comm' > kprobe_events
     echo 'p:found vfs_open name=+0(+0x28(+8($arg1))):string comm=$comm' >> kprobe_events
@@ -128,7 +129,8 @@ def test_files_of_the_kernel(mirrored: Run) -> None:
     assert names.count("/dev/null") == len(opened) + 1
     missing = {name for name, result in results.items() if result < 0}
     assert missing <= {"/proc/1/nothing", "/dev/none", "/proc/self/fd/0"}
-    in_name = {
-        hit.fields["name"] for hit in seen if hit.event == "opened" and int(str(hit.fields["flags"]), 0) & O_PATH
-    }
-    assert in_name == {"/dev/tty", "/dev/mem", "/dev/none", "/proc/self/exe", "/proc/self/fd/0"}
+    flags = {str(hit.fields["name"]): int(str(hit.fields["flags"]), 0) for hit in seen if hit.event == "opened"}
+    looked_up = {"/dev/tty", "/dev/mem", "/dev/none", "/proc/self/exe", "/proc/self/fd/0"}
+    assert {name for name, each in flags.items() if each & O_PATH} == looked_up
+    assert flags["/dev/null"] & ~_O_LARGEFILE == O_WRONLY | O_CREAT | O_TRUNC
+    assert {flags[name] & ~_O_LARGEFILE for name in opened[:7]} == {O_RDONLY}
