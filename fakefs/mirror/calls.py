@@ -108,6 +108,9 @@ TABLE = (
     Call(62, "kill", _P),
     Call(200, "tkill", _P),
     Call(234, "tgkill", _P),
+    Call(129, "rt_sigqueueinfo", _P),
+    Call(297, "rt_tgsigqueueinfo", _P),
+    Call(424, "pidfd_send_signal", _P),
     Call(RT_SIGRETURN, "rt_sigreturn", _P),  # a handler has been run
     Call(298, "perf_event_open", _P),  # refused where it would be about another tracepoint than is meant
     # files by their names
@@ -152,6 +155,7 @@ TABLE = (
     Call(80, "chdir", _F, "P"),
     Call(81, "fchdir", _F, "F"),
     # what is waited for
+    Call(434, "pidfd_open", _A, "ii", returns="anon_inode:[pidfd]"),
     Call(61, "wait4", _A),
     Call(247, "waitid", _A),
     # what is looked at

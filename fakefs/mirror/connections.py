@@ -76,8 +76,12 @@ class Connections:
         """Return a descriptor of what has a name on the host. The caller holds the shadow's lock."""
         kind = kind_of(name)
         if not name.startswith(_SOCKET):
-            return self.claim(shadow, kind) or await self._of_its_own(shadow, name) or -errno.ENOENT
-        if fd := await self._of_its_own(shadow, name) or self.claim(shadow, kind):
+            fd = self.claim(shadow, kind)
+            return fd if fd >= 0 else await self._of_its_own(shadow, name)
+        fd = await self._of_its_own(shadow, name)
+        if fd < 0:
+            fd = self.claim(shadow, kind)
+        if fd >= 0:
             return fd
         for other in self._shadows.all():
             if isinstance(other, Mirrored) and not other.task.dead:
@@ -87,18 +91,18 @@ class Connections:
         return await self._return(shadow, Plain(shadow.tid, Sys.SOCKET, list(parse_name(name))))
 
     def claim(self, shadow: Mirrored, kind: str, tid: int | None = None) -> int:
-        """Return a descriptor that waits, or one that a call of some thread has returned; 0 if there is none."""
+        """Return a descriptor that waits, or one that a call of some thread has returned; else -ENOENT."""
         for waiting in shadow.unclaimed:
             if waiting.kind == kind and tid in (None, waiting.tid):
                 shadow.unclaimed.remove(waiting)
                 return waiting.fd
-        return 0
+        return -errno.ENOENT
 
     async def _of_its_own(self, shadow: Mirrored, name: str) -> int:
         for file in shadow.files.values():
             if file.path == name:
                 return (await self._pump.call(shadow.task, [(Sys.DUP, file.fd)]))[0]
-        return 0
+        return -errno.ENOENT
 
     async def set_flags(self, shadow: Mirrored, used: Used, file: OpenFile) -> OpenFile:
         """Have a socket block only if the host's does. The caller holds the shadow's lock."""

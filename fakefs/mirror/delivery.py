@@ -47,7 +47,7 @@ class Delivery:
         self._agent = shadows.pump.agent
 
     async def send(self, record: Signal) -> None:
-        """kill(2), tkill(2) or tgkill(2), as far as they reach mirrored processes."""
+        """kill(2) and its relatives, as far as they reach mirrored processes."""
         sender = self._processes.find(record.tid)
         to = [shadow for tid in record.to if (shadow := self._processes.find(tid)) is not None]
         if sender is None or not to:
@@ -60,7 +60,7 @@ class Delivery:
         elif target > 0:
             ids = [self._shadows.alive(each) for each in record.arguments[:-1]]
             pids = [each.task.pid if each is not None else target for each in ids]
-            await self._processes.call(sender, (record.number, *pids, number))
+            await self._send_to(sender, record, pids, number)
         else:
             await self._processes.call(sender, (record.number, *record.arguments))
         for shadow in to:
@@ -74,6 +74,17 @@ class Delivery:
                 shadow.sent.add(number)
             elif 0 < number <= 64 and number not in _SURVIVED:
                 shadow.doomed = number
+
+    async def _send_to(self, sender: Mirrored, record: Signal, pids: list[int], number: int) -> None:
+        """Send a signal to one process or thread."""
+        async with sender.lock:
+            if record.number == Sys.PIDFD_SEND_SIGNAL:
+                [fd] = await self._pump.call(sender.task, [(Sys.PIDFD_OPEN, *pids, 0)])
+                calls: list[Call] = [(record.number, fd, number, 0, 0), (Sys.CLOSE, fd)]
+            else:
+                self._agent.put(sender.task, 0, record.info.encode("latin-1"))
+                calls = [(record.number, *pids, number, *([sender.task.virtual()] if record.info else []))]
+            await self._pump.call(sender.task, calls)
 
     async def handled(self, record: Handled) -> None:
         """A thread has run a handler: so does its shadow, for the same signal."""

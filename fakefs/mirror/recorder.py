@@ -44,12 +44,12 @@ from fakefs.mirror.records import (
 )
 from fakefs.mirror.seccomp import Listener, Notification, read_memory
 from fakefs.mirror.sigframe import Frame
-from fakefs.mirror.signals import Signals
+from fakefs.mirror.signals import Signals, asked, pid_behind
 from fakefs.mirror.uprobes import Uprobes
 
 _AT_EMPTY_PATH = 0x1000
 _TIMER_ABSTIME = 1
-_P_PIDFD = 3
+_P_PID, _P_PIDFD = 1, 3
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
 _GENERATIONS = 64
@@ -119,6 +119,10 @@ class Recorder:
             "kill": self._signal,
             "tkill": self._signal,
             "tgkill": self._signal,
+            "pidfd_open": self._pidfd,
+            "rt_sigqueueinfo": self._signal,
+            "rt_tgsigqueueinfo": self._signal,
+            "pidfd_send_signal": self._signal,
             "perf_event_open": refused.perf_event_open,
         }
 
@@ -353,12 +357,20 @@ class Recorder:
                 yield from self._outcomes.expect(notification, call, self._threads[notification.tid].tgid, record)
 
     def _signal(self, notification: Notification, call: Call) -> Iterator[Record]:
-        target = signed(notification.arguments[1 if call.name == "tgkill" else 0])
-        if target > 0 and target not in self._threads:
-            birth = read_birth(target)
-            if birth is not None and birth.parent in self._threads:
-                yield from self._births(target)
+        *_, target, _ = asked(notification, call)
+        yield from self._unseen(target)
         yield self._signals.sent(notification, call, {tid: thread.tgid for tid, thread in self._threads.items()})
+
+    def _unseen(self, tid: int) -> Iterator[Record]:
+        """A thread of a mirrored process or a child of one, which was not seen yet."""
+        if tid > 0 and tid not in self._threads:
+            birth = read_birth(tid)
+            if birth is not None and birth.parent in self._threads:
+                yield from self._births(tid)
+
+    def _pidfd(self, notification: Notification, call: Call) -> Iterator[Record]:
+        yield from self._unseen(signed(notification.arguments[0]))
+        yield from self._plain(notification, call)
 
     def _wait(self, notification: Notification, call: Call) -> Iterator[Record]:
         """A child that nobody has seen yet would not be waited for."""
@@ -366,8 +378,11 @@ class Recorder:
         yield from self._unseen_children(self._threads[tid].tgid, tid)
         if call.name == "wait4":
             yield Wait(tid, call.number, [signed(values[0]), room(values[1]), signed(values[2]), room(values[3])])
-        elif values[0] != _P_PIDFD:
-            numbers = [signed(values[0]), signed(values[1]), room(values[2]), signed(values[3]), room(values[4])]
+        else:
+            which = signed(values[0]), signed(values[1])
+            if which[0] == _P_PIDFD:
+                which = _P_PID, pid_behind(tid, which[1])
+            numbers = [*which, room(values[2]), signed(values[3]), room(values[4])]
             yield Wait(tid, call.number, numbers)
 
     def _sleep(self, notification: Notification, call: Call) -> Iterator[Record]:

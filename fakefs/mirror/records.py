@@ -104,13 +104,17 @@ class Wait(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """kill(2), tkill(2) or tgkill(2). It is sent `to` these processes or threads; `caught` are those with a handler."""
+    """kill(2) and its relatives. It is sent `to` these processes or threads; `caught` are those with a handler.
+
+    `arguments` are the ids of whom it is sent to, and the signal; `info` is the siginfo_t it is sent with, in latin-1.
+    """
 
     tid: int
     number: int
     arguments: list[int]
     to: list[int]
     caught: list[int]
+    info: str = ""
 
 
 class Handled(NamedTuple):

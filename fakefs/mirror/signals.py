@@ -14,9 +14,12 @@ from typing import NamedTuple
 from fakefs.mirror.arguments import signed
 from fakefs.mirror.calls import Call
 from fakefs.mirror.records import Handled, Signal
-from fakefs.mirror.seccomp import Notification
+from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.sigframe import Frame
 
+_TO_A_THREAD = ("tgkill", "rt_tgsigqueueinfo")
+_QUEUES = ("rt_sigqueueinfo", "rt_tgsigqueueinfo")
+_INFO_SIZE = 128  # bytes of a siginfo_t
 _STATUS_MAX = 8192
 _INFO = struct.Struct("<3i4x3I4x")  # siginfo_t: si_signo, si_errno, si_code; si_pid, si_uid, si_status or others
 _CODE_MIN, _CODE_MAX = -60, 0x80  # <asm-generic/siginfo.h>: SI_ASYNCNL, SI_KERNEL
@@ -61,6 +64,27 @@ def catches(tid: int, number: int) -> bool:
     return False
 
 
+def asked(notification: Notification, call: Call) -> list[int]:
+    """Return the ids of whom a call is to send a signal to, and the signal's number.
+
+    Raises OSError and ValueError when there is no such process.
+    """
+    arguments = [signed(value) for value in notification.arguments[: 3 if call.name in _TO_A_THREAD else 2]]
+    if call.name == "pidfd_send_signal":
+        arguments[0] = pid_behind(notification.tid, arguments[0])
+    return arguments
+
+
+def pid_behind(tid: int, fd: int) -> int:
+    """Return the process that a descriptor of a thread's process is of. Raises OSError and ValueError."""
+    with open(f"/proc/{tid}/fdinfo/{fd}", "rb") as file:
+        _, found, rest = file.read(_STATUS_MAX).partition(b"Pid:\t")
+    pid = int(rest.split(b"\n")[0]) if found else 0
+    if pid <= 0:
+        raise ValueError("not of a process")
+    return pid
+
+
 class Signals:
     """Those that were sent to somebody who has a handler for it, and that no handler is known to have been run for."""
 
@@ -71,7 +95,7 @@ class Signals:
 
     def sent(self, notification: Notification, call: Call, groups: Mapping[int, int]) -> Signal:
         """Return the record of a call. `groups`: the thread groups of all threads that are mirrored."""
-        arguments = [signed(value) for value in notification.arguments[: 3 if call.name == "tgkill" else 2]]
+        arguments = asked(notification, call)
         *_, target, number = arguments
         if call.name == "kill":
             to = list(receivers(groups[notification.tid], target, sorted(set(groups.values()))))
@@ -80,7 +104,10 @@ class Signals:
         caught = [each for each in to if catches(each, number)]
         if caught:
             self._sending[notification.tid] = [groups[each] for each in caught], number
-        return Signal(notification.tid, call.number, arguments, to, caught)
+        info = b""
+        if call.name in _QUEUES:
+            info = read_memory(notification.tid, notification.arguments[len(arguments)], _INFO_SIZE)
+        return Signal(notification.tid, call.number, arguments, to, caught, info.decode("latin-1"))
 
     def forget(self, tid: int) -> None:
         """A thread has become another program, or has ended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
 from functools import partial
 
@@ -67,9 +68,7 @@ class Transfers:
         await self._processes.settle(shadow)
         call = find(record.number, record.arguments).without_path
         if call.name == "close":
-            file = shadow.files.pop(record.files[0].fd, None)
-            if file is not None:
-                await self._processes.call(shadow, (Sys.CLOSE, file.fd))
+            await self._close(shadow, record.files[0])
             return
         await self._paths.make(record.needed, writes=False)
         for at, used in enumerate(record.files):
@@ -77,12 +76,23 @@ class Transfers:
         async with shadow.lock:
             opened = [await self._opened(shadow, used) for used in record.files]
             files = [file for file in opened if file is not None]
+            if call.name == "setsockopt" and record.arguments[1:3] == [socket.SOL_SOCKET, socket.SO_LINGER]:
+                return  # it would make close(2) block
             if len(files) < len(opened) or (call.name in _OF_SOCKETS and not files[0].path):
                 return
             if call.name in _TO_A_NUMBER or (call.name == "fcntl" and record.arguments[1] in F_DUPLICATES):
                 await self._duplicate(shadow, call, record, files[0])
             else:
                 await self._transfer(shadow, call, record, files)
+
+    async def _close(self, shadow: Mirrored, used: Used) -> None:
+        """close(2); of what a call has returned and nobody has used."""
+        file, name = shadow.files.pop(used.fd, None), used.file.text
+        fd = -1 if file is None else file.fd
+        if file is None and kind_of(name) and all(each.path != name for each in shadow.files.values()):
+            fd = self._connections.claim(shadow, kind_of(name))
+        if fd >= 0:
+            await self._processes.call(shadow, (Sys.CLOSE, fd))
 
     async def _opened(self, shadow: Mirrored, used: Used) -> OpenFile | None:
         file = shadow.files.get(used.fd)
@@ -111,7 +121,7 @@ class Transfers:
                 (used, self._connections.claim(shadow, kind_of(used.file.text), record.tid)) for used in record.files
             ]
             for used, fd in reversed(claimed):  # the guest has often fewer of them open, so numbers become higher
-                if fd:
+                if fd >= 0:
                     old = shadow.files.pop(used.fd, None)
                     if old is not None:
                         await self._pump.call(shadow.task, [(Sys.CLOSE, old.fd)])

@@ -66,6 +66,36 @@ def test_pipes(mirrored: Run) -> None:
     assert [hit.task for hit in seen if hit.event == "sys_enter_pipe2"][:1] == ["bash"]
 
 
+def test_a_megabyte_through_a_pipe(mirrored: Run) -> None:
+    """It is written at once, and read as it comes: the guest stays in step, and has no more memory in use."""
+    done = mirrored(
+        SETUP
+        + """
+        for event in sys_enter_read sys_exit_read sys_enter_write sys_exit_write; do
+            echo 'comm == "cat" || comm == "dd"' > events/syscalls/$event/filter
+            on syscalls/$event
+        done
+        dd if=/dev/zero bs=1M count=2 status=none | cat > "$OLDPWD/copy"
+        """
+        + SHOW,
+        "all",
+    )
+    calls: dict[str, list[int]] = {"dd": [], "cat": []}
+    entered: dict[int, str] = {}
+    for hit in hits(done):
+        if hit.event.startswith("sys_enter"):
+            entered[hit.pid] = hit.text
+        elif hit.pid in entered:
+            what, result = entered.pop(hit.pid), int(hit.text.split()[-1], 16)
+            if hit.task == "dd" and "sys_write(fd: 1," in what:
+                calls["dd"].append(result)
+            elif hit.task == "cat" and "sys_read(fd: 0," in what:
+                calls["cat"].append(result)
+    assert calls["dd"] == [1 << 20] * 2
+    assert sum(size for size in calls["cat"] if size < 1 << 63) == 2 << 20
+    assert calls["cat"][-1] == 0
+
+
 def test_a_terminal(mirrored: Run) -> None:
     program = """
 import os, pty

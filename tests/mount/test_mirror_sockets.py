@@ -100,3 +100,38 @@ print(b.recv(100))
     )
     assert done.stdout.splitlines()[:2] == ["b'datagram'", "b'pair'"]
     assert [(hit.event, hit.fields.get("size")) for hit in hits(done)] == [("sent", 8), ("got", None)]
+
+
+_TWO_CLIENTS = """
+import os, socket
+family = socket.AF_INET
+listening = socket.socket(family)
+listening.bind(("127.0.0.1", 0))
+listening.listen()
+clients = [socket.create_connection(listening.getsockname()) for _ in range(2)]
+one, two = listening.accept()[0], listening.accept()[0]
+for client, size in zip(clients, (5, 9)):
+    client.send(bytes(size))
+for server in two, one:
+    server.recv(100)
+print(listening.getsockname()[1])
+"""
+
+
+def test_a_port_that_the_kernel_chooses(mirrored: Run) -> None:
+    """It is the same in the guest; and who has been accepted first is heard there when he is heard here."""
+    done = mirrored(
+        SETUP
+        + f"""
+        on syscalls/sys_enter_recvfrom syscalls/sys_exit_recvfrom sock/inet_sock_set_state
+        {FAKEFS[0]} -c '{_TWO_CLIENTS}'
+        """
+        + SHOW,
+        "all",
+    )
+    port = int(done.stdout.splitlines()[0])
+    seen = hits(done)
+    listens = [hit.fields for hit in seen if "newstate=TCP_LISTEN" in hit.text]
+    assert [str(fields["sport"]) for fields in listens] == [str(port)]
+    received = [int(hit.text.split()[-1], 16) for hit in seen if hit.event == "sys_exit_recvfrom"]
+    assert received == [9, 5]

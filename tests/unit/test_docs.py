@@ -12,6 +12,8 @@ import pytest
 
 from docs import manual
 from fakefs import cli
+from fakefs.mirror import calls
+from fakefs.mirror.calls import Level
 from tests.doc_pages import PAGES, REASONS, ROOT, Block, alike, blocks, steps
 
 COMMANDS = list(manual.commands(cli.parser()))
@@ -142,6 +144,22 @@ def test_man_page_text_is_escaped() -> None:
     assert "It\\(aqs \\(gaa\\(ga \\(ti\\ex." in text
     assert "\n\\&.TH is no request." in text
     assert "\n\\&.x\n" in text
+
+
+_NOT_MADE = {"set_robust_list", "arch_prctl", "rt_sigreturn", "perf_event_open"}
+"""Calls that tell of something, or are refused."""
+
+
+def test_the_table_of_mirrored_calls_is_the_one_that_is_gone_by() -> None:
+    told: dict[Level, list[str]] = {level: [] for level in Level if level}
+    section = (ROOT / "docs" / "run.md").read_text().partition("### Which system calls\n")[2].partition("\n\n#")[0]
+    level = Level.OFF
+    for first, names in re.findall(r"(?m)^\| (?:`(\w+)`)? ?\| ([a-z0-9_, ]+) \|$", section):
+        level = Level[first.upper()] if first else level
+        told[level] += names.split(", ")
+    for level, names in told.items():
+        expected = {call.name for call in calls.TABLE if call.level is level} - _NOT_MADE
+        assert sorted(names) == sorted(expected), level.name
 
 
 # ---- the tools of the test of pages

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.records import Signal
 from fakefs.mirror.seccomp import Notification
-from fakefs.mirror.signals import Signals, catches, parse_masks, receivers
+from fakefs.mirror.signals import Signals, catches, parse_masks, pid_behind, receivers
 
 
 def test_handlers_are_seen() -> None:
@@ -45,6 +47,24 @@ def test_a_thread_is_told_apart_from_its_process() -> None:
     assert record == Signal(20, tgkill.number, [10, 11, 9], [11], [])
     record = Signals().sent(Notification(1, 20, kill.number, (11, minus_one, 9, 0, 0, 0)), kill, groups)
     assert record == Signal(20, kill.number, [11, -1], [], [])
+
+
+def test_relatives_of_kill() -> None:
+    me = os.getpid()
+    pidfd = os.pidfd_open(me)
+    try:
+        assert pid_behind(me, pidfd) == me
+        call = BY_NUMBER[NUMBER["pidfd_send_signal"]]
+        record = Signals().sent(Notification(1, me, call.number, (pidfd, 0, 0, 0, 0, 0)), call, {me: me})
+        assert record == Signal(me, call.number, [me, 0], [me], [])
+    finally:
+        os.close(pidfd)
+    with open(os.devnull) as file, pytest.raises(ValueError, match="not of a process"):
+        pid_behind(me, file.fileno())
+    info = ctypes.create_string_buffer(b"info", 128)
+    call = BY_NUMBER[NUMBER["rt_tgsigqueueinfo"]]
+    record = Signals().sent(Notification(1, me, call.number, (5, 6, 0, ctypes.addressof(info), 0, 0)), call, {me: me})
+    assert record == Signal(me, call.number, [5, 6, 0], [], [], info.raw.decode("latin-1"))
 
 
 @given(st.binary(max_size=300))
