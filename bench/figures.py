@@ -21,7 +21,7 @@ from statistics import median
 from bench.clock import NotMeasured, cpu_seconds, run, seconds, waited
 from fakefs.client import ask, find_mount
 
-FAKEFS = (sys.executable, "-m", "fakefs.cli")
+FAKEFS = (sys.executable, "-m", "fakefs")
 
 _BOOT = """
 import sys, time

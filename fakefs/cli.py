@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     words, program = _split(words) if words[:1] in (["exec"], ["run"], ["shell"], ["lab"]) else (words, [])
     arguments = parser().parse_args(words)
     arguments.program = program
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # since `fakefs.__main__`; from here on somebody tidies up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return int(arguments.run(arguments))
     except UserError as error:

@@ -39,7 +39,7 @@ timeout -k {_KILL_AFTER} "$seconds" "$@"
 status=$?
 echo 0 >{_REAL}/tracing_on  # or a probe of reading would make `trace` endless
 for name in {" ".join(_KEPT)}; do cat {_REAL}/$name >"$keep/$name"; done
-[ $status = 0 ] || "$python" -m fakefs.cli console >"$keep/console" 2>&1
+[ $status = 0 ] || "$python" -m fakefs console >"$keep/console" 2>&1
 exit $status
 """
 

@@ -19,7 +19,7 @@ from typing import Any, AnyStr
 from fakefs import mountpoint
 from fakefs.testbed import Tracefs
 
-FAKEFS = (sys.executable, "-m", "fakefs.cli")
+FAKEFS = (sys.executable, "-m", "fakefs")
 _START_SECONDS = 120.0  # a first start boots the kernel
 PATIENCE = 30.0
 """Seconds to wait for what comes at once: a busy machine is no reason for a test to fail."""

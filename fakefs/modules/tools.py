@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 _FAKEFS = """#!/bin/sh
-PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}} exec {python} -m fakefs.cli {command}"$@"
+PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}} exec {python} -m fakefs {command}"$@"
 """
 _MODPROBE = """#!/bin/sh
 # Samples are all that modprobe has here; options that ask for silence or speed mean nothing.

@@ -130,7 +130,7 @@ def results(lines: Iterable[str], names: list[str]) -> Iterator[tuple[str, str, 
 
 def run(suite: Suite, tests: list[str], mirror: str) -> Iterator[tuple[str, str, str]]:
     """Run tests in one view; yield as `results()` does, those in an instance too."""
-    argv = [sys.executable, "-m", "fakefs.cli", "run", "--mirror", mirror, "--wprobe", suite.wprobe]
+    argv = [sys.executable, "-m", "fakefs", "run", "--mirror", mirror, "--wprobe", suite.wprobe]
     argv += ["--kernel", str(suite.kernel), "--", "unshare", "-n", "sh", "-c", _INSIDE, "sh", str(BUILD / "logs")]
     argv += [str(suite.tests_in / test) for test in tests]
     with subprocess.Popen(

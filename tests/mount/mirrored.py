@@ -24,7 +24,7 @@ SHOW = """
     grep -v '^#' /sys/kernel/tracing/trace
 """
 GUEST = f"""
-    guest() {{ {FAKEFS[0]} -m fakefs.cli exec -- "$@"; }}
+    guest() {{ {FAKEFS[0]} -m fakefs exec -- "$@"; }}
 """
 """The shell function `guest` runs a command in the guest."""
 

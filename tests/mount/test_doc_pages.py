@@ -80,7 +80,7 @@ def shell(environment: dict[str, str], kernel_path: Path, tmp_path: Path) -> Ite
     fakefs = binaries / "fakefs"
     fakefs.write_text(
         "#!/bin/sh\n"
-        f'run() {{ exec {shlex.quote(sys.executable)} -m fakefs.cli "$@"; }}\n'
+        f'run() {{ exec {shlex.quote(sys.executable)} -m fakefs "$@"; }}\n'
         "command=$1\n"
         f"kernel={shlex.quote(str(kernel_path))}\n"
         'case $command in mount | run | shell | test) shift; run "$command" --kernel "$kernel" "$@" ;; esac\n'

@@ -186,7 +186,7 @@ def test_nothing_is_left_of_many_processes(mirrored: Run) -> None:
         """
         for i in $(seq 100); do /bin/true & done; wait
         cat /sys/kernel/tracing/tracing_on > /dev/null
-        fakefs() { "$PYTHON" -m fakefs.cli "$@"; }
+        fakefs() { "$PYTHON" -m fakefs "$@"; }
         fakefs status | grep -o '"slots": [0-9]*'
         """.replace("$PYTHON", os.fspath(FAKEFS[0]))
     )
@@ -210,7 +210,7 @@ def test_the_recorders_death_harms_nobody(mirrored: Run) -> None:
 
 def test_one_inside_another_is_not_mirrored(mirrored: Run) -> None:
     """A process has one filter that notifies: the inner program runs all the same."""
-    done = mirrored(f"{FAKEFS[0]} -m fakefs.cli run -- sh -c 'echo text > file; cat file'")
+    done = mirrored(f"{FAKEFS[0]} -m fakefs run -- sh -c 'echo text > file; cat file'")
     assert (done.stdout, done.returncode) == ("text\n", 0)
     assert done.stderr == (
         "fakefs: what the program does is not mirrored, as it cannot be watched here (Device or resource busy)\n"
@@ -226,7 +226,7 @@ def test_killed_in_the_middle_of_calls(mirrored: Run) -> None:
         until [ -e f5 ]; do :; done
         kill -9 $p; wait 2>/dev/null
         cat /sys/kernel/tracing/tracing_on
-        {FAKEFS[0]} -m fakefs.cli status | grep -o '"slots": [0-9]*'
+        {FAKEFS[0]} -m fakefs status | grep -o '"slots": [0-9]*'
         """
     )
     assert done.stdout.split("\n")[0] == "1"
@@ -265,7 +265,7 @@ def test_more_processes_than_the_guest_has_room_for(mirrored: Run) -> None:
         f"""
         for i in $(seq 1100); do sleep 5 & done; wait
         cat /sys/kernel/tracing/tracing_on
-        {FAKEFS[0]} -m fakefs.cli status | grep -o '"slots": [0-9]*'
+        {FAKEFS[0]} -m fakefs status | grep -o '"slots": [0-9]*'
         """,
         "process",
         300,

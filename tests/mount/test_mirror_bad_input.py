@@ -17,7 +17,7 @@ _ALIVE = """
 """
 _SLOTS = f"""
     cat /sys/kernel/tracing/tracing_on
-    {FAKEFS[0]} -m fakefs.cli status | grep -o '"slots": [0-9]*'
+    {FAKEFS[0]} -m fakefs status | grep -o '"slots": [0-9]*'
 """
 
 
