@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv busybox-static cpio
-NATIVE := $(wildcard emulator/native/*.[ch] emulator/guest/*.[ch] fakefs/fuse/*.[ch])
+NATIVE := $(wildcard emulator/native/*.[ch] emulator/guest/*.[ch] fakefs/fuse/*.[ch] fakefs/mirror/*.[ch])
 
 .PHONY: help setup kernel run test test-unit test-native soak bench clients ftracetest lint docs man reference clean \
 	distclean
@@ -150,7 +150,7 @@ reference: setup ## docs/commands.md anew, after a change to the command line
 	@$(BIN)/python docs/manual.py markdown docs/commands.md
 
 clean: ## remove everything built, but for .venv
-	@rm -rf build dist ./*.egg-info emulator/_core*.so fakefs/fuse/_shim*.so emulator/guest/agent emulator/guest/stub
+	@rm -rf build dist ./*.egg-info emulator/_core*.so fakefs/fuse/_shim*.so fakefs/mirror/_notes*.so emulator/guest/agent emulator/guest/stub
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,6 +1,6 @@
-"""The four things built from C. Everything else about the package is in pyproject.toml.
+"""The five things built from C. Everything else about the package is in pyproject.toml.
 
-None of them is a Python extension module: two are shared libraries that ctypes loads, and two are static
+None of them is a Python extension module: three are shared libraries that ctypes loads, and two are static
 programs of the guest, without a C library: its init, and what stands for the host's programs. Each is one command of
 the C compiler (`CC`, by default `cc`).
 """
@@ -61,6 +61,7 @@ NATIVE = [
         depends=[f"emulator/native/{part}.h" for part in CORE],
     ),
     Native("fakefs.fuse._shim", ["fakefs/fuse/shim.c"], LIBRARY, packages=["fuse3"]),
+    Native("fakefs.mirror._notes", ["fakefs/mirror/notes.c"], [*LIBRARY, "-pthread"]),
     Native(
         "emulator.guest.agent",
         ["emulator/guest/agent.c"],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -21,7 +21,6 @@ from fakefs.errors import UserError, first_of
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
-from fakefs.mirror.calls import Level
 from fakefs.prepare import noted
 from fakefs.pump import Pump
 from fakefs.shadow import Shadows
@@ -31,6 +30,9 @@ from fakefs.wprobe.carrier import CarrierFacts, Carriers
 from fakefs.wprobe.files import WprobeFiles
 from fakefs.wprobe.off_limits import OffLimits
 from fakefs.wprobe.table import Table, TableFacts
+
+if TYPE_CHECKING:
+    from fakefs.mirror.launch import Recording
 
 _SEED_SIZE = 32
 _RNDADDENTROPY = 0x40085203  # <linux/random.h>; random(4)
@@ -46,8 +48,7 @@ class Service:
     wprobe: str = "unlimited"  # or "strict", like four debug registers, or "off"
     options: MountOptions = field(default_factory=MountOptions)
     private: bool = False  # in a mount namespace of its own, with which the mount ends
-    records: socket.socket | None = None  # from the recorder of processes that are mirrored
-    level: Level = Level.OFF  # at which they are
+    recording: Recording | None = None  # of processes that are mirrored
 
     @property
     def filesystem(self) -> bytes:
@@ -83,8 +84,8 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
             await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-        if service.records is not None:
-            _mirror(shadows, files, service.records, service.level, nursery)
+        if service.recording is not None:
+            _mirror(shadows, files, service.recording, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
@@ -102,14 +103,14 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(shadows: Shadows, files: GuestFiles, records: socket.socket, level: Level, nursery: trio.Nursery) -> None:
+def _mirror(shadows: Shadows, files: GuestFiles, recording: Recording, nursery: trio.Nursery) -> None:
     import resource
 
     from fakefs.mirror.mirror import Mirror
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
-    mirror = Mirror(shadows, files.host_files, records, level, nursery)
+    mirror = Mirror(shadows, files.host_files, recording, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)
     nursery.start_soon(mirror.run)

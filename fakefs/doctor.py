@@ -105,10 +105,10 @@ def unicorn_version() -> Check:
 
 
 def native_parts(root: Path = Path(__file__).parent.parent) -> Check:
-    """The shared objects that building the package makes: the CPU's fast loop and the FUSE request hook."""
+    """The shared objects that building the package makes: the CPU's, FUSE's and mirroring's fast parts."""
     missing = [
         f"{directory}/{name}.so"
-        for directory, name in (("emulator", "_core"), ("fakefs/fuse", "_shim"))
+        for directory, name in (("emulator", "_core"), ("fakefs/fuse", "_shim"), ("fakefs/mirror", "_notes"))
         if not any((root / directory).glob(f"{name}*.so"))
     ]
     detail = f"not built: {', '.join(missing)}" if missing else "built"

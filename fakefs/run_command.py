@@ -323,7 +323,6 @@ def _launch(errand: Errand) -> Launch | None:
 def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
     """Fork a daemon that serves the guest's root directory at TRACING; return its pid when the mount answers."""
     from fakefs import daemon, namespace
-    from fakefs.mirror.calls import Level
     from fakefs.view import TRACING
 
     reader, writer = os.pipe()
@@ -337,10 +336,9 @@ def _start_daemon(errand: Errand, guest: Guest, launch: Launch | None) -> int:
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.dup2(2, 1)
-            records = None if launch is None else launch.records()
-            level = Level.OFF if launch is None else launch.level
+            recording = None if launch is None else launch.recording()
             service = daemon.Service(
-                TRACING, b"/", errand.deterministic, errand.wprobe, private=True, records=records, level=level
+                TRACING, b"/", errand.deterministic, errand.wprobe, private=True, recording=recording
             )
             daemon.run(guest, service, lambda: _tell(writer, "ready"))
         except Exception as error:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from fakefs.mirror.calls import Call, Level
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored, in_name_only
-from fakefs.mirror.records import Files, PathArgument
+from fakefs.mirror.notes import Note
+from fakefs.mirror.records import Files, PathArgument, looks
 from fakefs.mirror.seccomp import Notification, read_memory, read_string
 
 AT_FDCWD = -100
@@ -38,8 +39,9 @@ class Arguments:
     def __init__(self, paths: HostPaths) -> None:
         self._paths = paths
 
-    def files(self, notification: Notification, call: Call) -> Files:
-        """Return the record of a call with paths in it."""
+    def files(self, note: Note, call: Call) -> Files:
+        """Return the record of a call with paths in it. Those that the note has are not read any more."""
+        notification, start = note.call, os.fsdecode(note.start)
         arguments: list[int | None] = []
         paths: list[PathArgument] = []
         tid, directory, cwd = notification.tid, AT_FDCWD, ""
@@ -53,8 +55,8 @@ class Arguments:
                 arguments.append(AT_FDCWD)
             elif letter in "PL":
                 follow = letter == "P" and follow_all
-                text = self._text(notification, call, directory, value)
-                path, relative_to = self.path(tid, directory, text, follow=follow, kernels=kernels)
+                text = os.fsdecode(note.path) or self._text(notification, call, directory, value)
+                path, relative_to = self.path(tid, directory, text, follow=follow, kernels=kernels, start=start)
                 cwd, directory = relative_to or cwd, AT_FDCWD
                 paths.append(path)
                 arguments.append(None)
@@ -80,15 +82,18 @@ class Arguments:
         if call.name == "getcwd":
             path, cwd = self.path(tid, AT_FDCWD, ".", follow=True)
             paths.append(path)
+        record = Files(tid, call.number, arguments, paths, cwd)
+        changes = not looks(record)
         for path in paths:
             for entry in path.entries[-1:]:
-                self._paths.forget(entry.path)
+                if changes:
+                    self._paths.forget(entry.path)
                 if call.name not in _GOES and self._paths.is_shown(entry.path):
                     raise NotMirrored
                 if call.name in _OPENS and in_name_only(entry.path):
                     flags = arguments[len(arguments) - 2] or 0
                     arguments[len(arguments) - 2] = flags | os.O_PATH
-        return Files(tid, call.number, arguments, paths, cwd)
+        return record
 
     @staticmethod
     def _text(notification: Notification, call: Call, directory: int, address: int) -> str:
@@ -112,11 +117,11 @@ class Arguments:
         return at is not None and bool(arguments[at] & _AT_SYMLINK_NOFOLLOW)
 
     def path(
-        self, tid: int, directory: int, text: str, *, follow: bool, kernels: bool = False
+        self, tid: int, directory: int, text: str, *, follow: bool, kernels: bool = False, start: str = ""
     ) -> tuple[PathArgument, str]:
         """Return a path argument, and the working directory if it is relative to that.
 
-        A path that is relative to another directory is made absolute.
+        A path that is relative to another directory is made absolute. `start` is the directory, if that is known.
         """
         cwd = ""
         if not text:
@@ -124,10 +129,10 @@ class Arguments:
         if text.startswith("/"):
             whole = text
         elif directory == AT_FDCWD:
-            cwd = os.readlink(f"/proc/{tid}/cwd")
+            cwd = start or os.readlink(f"/proc/{tid}/cwd")
             whole = f"{cwd}/{text}"
         else:
-            whole = text = f"{_descriptor(tid, directory)}/{text}"
+            whole = text = f"{_there(start) if start else _descriptor(tid, directory)}/{text}"
         if not whole.startswith("/") or cwd.endswith(" (deleted)"):
             raise NotMirrored
         return PathArgument(text, self._paths.look(whole, follow=follow, kernels=kernels)), cwd
@@ -135,7 +140,10 @@ class Arguments:
 
 def _descriptor(tid: int, fd: int) -> str:
     """Return the path of an open file of a process."""
-    path = os.readlink(f"/proc/{tid}/fd/{fd}")
+    return _there(os.readlink(f"/proc/{tid}/fd/{fd}"))
+
+
+def _there(path: str) -> str:
     if not path.startswith("/") or path.endswith(" (deleted)"):
         raise NotMirrored
     return path

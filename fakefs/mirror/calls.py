@@ -5,6 +5,7 @@ Numbers are those of x86-64 (arch/x86/entry/syscalls/syscall_64.tbl).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -252,6 +253,16 @@ TABLE = (
 
 BY_NUMBER = {call.number: call for call in reversed(TABLE)}
 NUMBER = {call.name: call.number for call in TABLE}
+LOOKS = {NUMBER["open"]: 1, NUMBER["openat"]: 2, NUMBER["openat2"]: 2} | dict.fromkeys(
+    NUMBER[name]
+    for name in (
+        *("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
+        *("statfs", "getxattr", "lgetxattr", "listxattr", "llistxattr"),
+    )
+)
+"""Calls that look at a file and change nothing. Of some an argument of the record, which is the number, has flags."""
+CHANGING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
+"""Flags with which they do."""
 _SEVERAL = {
     call.number: [each for each in TABLE if each.number == call.number]
     for call in TABLE

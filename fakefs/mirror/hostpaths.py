@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from fakefs.mirror.records import Entry
 
 _LINKS_MAX = 40
 _TOLD_MAX = 1 << 16
+_SEEN_MAX = 1 << 12
+_SEEN_FOR = 1.0  # seconds
 _KERNELS = frozenset(("/proc", "/sys"))
 _DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 """Those that the guest has too, and where opening does no harm."""
@@ -25,6 +29,18 @@ _MAGIC = re.compile(r"/proc/[^/]+/(task/[^/]+/)?(cwd|root|exe|(fd|ns|map_files)/
 
 class NotMirrored(Exception):
     """A path that is not for the guest: of the kernel's, of a device, or in another guest's files."""
+
+
+class _Seen(NamedTuple):
+    """The links that a path led over and what was at its end, when all on its way had been told.
+
+    It is enough to look at these, `until` then by the monotonic clock. So if somebody who is not mirrored replaces a
+    directory on the way by a link, and at the end is one of the same type, mode, owner and size, that is noticed so
+    much later.
+    """
+
+    entries: list[Entry]
+    until: float
 
 
 class HostPaths:
@@ -38,6 +54,8 @@ class HostPaths:
         self._guest_device = guest_device
         self._shown = tuple(f"{path}/" for path in shown)
         self._told: dict[str, Entry] = {}
+        self._seen: dict[tuple[str, bool], _Seen] = {}
+        self._on_way: dict[str, list[tuple[str, bool]]] = {}  # of those in `_seen`: which lead by a path
 
     def look(self, path: str, *, follow: bool, kernels: bool = False) -> list[Entry]:
         """Return what was not told yet of the parts of an absolute path, and always what is at its end.
@@ -47,7 +65,15 @@ class HostPaths:
 
         Raises NotMirrored, and OSError for what the kernel refuses.
         """
+        seen = self._seen.get((path, follow))
+        if (
+            seen is not None
+            and time.monotonic() < seen.until
+            and all(self._look(entry.path) == entry for entry in seen.entries)
+        ):
+            return seen.entries[-1:]
         entries: list[Entry] = []
+        way: list[Entry] = []
         parts, at, links = deque(_names(path)), "", 0
         while parts:
             name = parts.popleft()
@@ -60,11 +86,14 @@ class HostPaths:
                     raise NotMirrored
                 return [*entries, Entry("/".join((at, *parts)), stat.S_IFDIR)]
             last = not parts
-            entry = self._look(at)
-            if last or entry != self._told.get(at):
+            entry, told = self._look(at), self._told.get(at)
+            way.append(entry)
+            if told is not None and entry != told:
                 self.forget(at)
+            is_followed = stat.S_ISLNK(entry.mode) and (follow or not last)
+            if entry != told or (last and not is_followed):
                 entries.append(entry)
-            if stat.S_ISLNK(entry.mode) and (follow or not last):
+            if is_followed:
                 links += 1
                 if links > _LINKS_MAX:
                     raise NotMirrored
@@ -72,7 +101,19 @@ class HostPaths:
                 at = "" if entry.target.startswith("/") else at.rpartition("/")[0]
             elif not last and not stat.S_ISDIR(entry.mode):
                 break
+        if len(entries) == 1 and entries == way[-1:]:
+            self._see((path, follow), way)
         return entries or [self._look(at or "/")]
+
+    def _see(self, key: tuple[str, bool], way: list[Entry]) -> None:
+        if len(self._seen) > _SEEN_MAX:
+            self._seen.clear()
+            self._on_way.clear()
+        if key not in self._seen:
+            for entry in way:
+                self._on_way.setdefault(entry.path, []).append(key)
+        entries = [entry for entry in way[:-1] if stat.S_ISLNK(entry.mode)] + way[-1:]
+        self._seen[key] = _Seen(entries, time.monotonic() + _SEEN_FOR)
 
     def is_shown(self, path: str) -> bool:
         """Is this path of the kernel's in our mount? Then the guest is asked for it anyway."""
@@ -87,6 +128,8 @@ class HostPaths:
 
     def forget(self, path: str) -> None:
         """A path may change: tell again what is there and below."""
+        for key in self._on_way.pop(path, ()):
+            self._seen.pop(key, None)
         if path in self._told:
             below = path + "/"
             for told in [told for told in self._told if told == path or told.startswith(below)]:

@@ -7,40 +7,51 @@ answered by the first process: the program goes on, unmirrored.
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
-import struct
 import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from typing import NamedTuple
 
 from fakefs import mountpoint, namespace
 from fakefs.mirror import calls, sigframe
 from fakefs.mirror.calls import Level
-from fakefs.mirror.seccomp import Listener, install, program
+from fakefs.mirror.notes import Notes, Progress, load, next_note
+from fakefs.mirror.seccomp import Listener, Notification, install, program
+
+
+class Recording(NamedTuple):
+    """What the daemon is given: its end of the socket from the recorder, and how far that is."""
+
+    records: socket.socket
+    progress: Progress
+    level: Level
 
 
 class Launch:
     """What is made before daemon and program are forked, and what each of the three does with it."""
 
     def __init__(self, level: Level) -> None:
-        self.level = level
+        """Raises UserError when the package was not built."""
+        self._level = level
         self._daemon, self._recorder = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._first, self._program = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._in_flight = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the recorder
+        self._notes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._progress = Progress()
+        self._library = load()
         self._listener: Listener | None = None
         self._pid = 0
 
-    def records(self) -> socket.socket:
-        """In the daemon: return its end of the socket from the recorder."""
+    def recording(self) -> Recording:
+        """In the daemon: return what it needs."""
         self._keep(self._daemon)
-        return self._daemon
+        return Recording(self._daemon, self._progress, self._level)
 
     def _keep(self, *kept: socket.socket) -> None:
-        for end in (self._daemon, self._recorder, self._first, self._program):
+        for end in (self._daemon, self._recorder, self._first, self._program, *self._notes):
             if end not in kept:
                 end.close()
 
@@ -58,7 +69,7 @@ class Launch:
         sender.start()
         listener = -1
         try:
-            listener = install(program(calls.rules(self.level)))
+            listener = install(program(calls.rules(self._level)))
         finally:
             installed.put(listener)
             sender.join()
@@ -74,7 +85,7 @@ class Launch:
 
     def supervise(self, child: int, tracing: Path) -> None:
         """Fork the recorder for a program that is being started; nothing happens if it cannot be."""
-        self._keep(self._first, self._recorder)
+        self._keep(self._first, self._recorder, *self._notes)
         _, descriptors, _, _ = socket.recv_fds(self._first, 1, 1)
         if not descriptors:
             return
@@ -84,45 +95,47 @@ class Launch:
             try:
                 namespace.die_with_parent()
                 os.setpgid(0, 0)  # away from the terminal's signals
-                _record(self._listener, self._recorder, child, tracing, self._in_flight, self.level)
+                self._record(self._listener, child, tracing)
             finally:
                 os._exit(1)
-        self._recorder.close()
+        self._keep(self._first, self._notes[1])
+
+    def _record(self, listener: Listener, child: int, tracing: Path) -> None:
+        from fakefs.mirror.hostpaths import HostPaths
+        from fakefs.mirror.recorder import Recorder
+        from fakefs.mirror.uprobes import Uprobes
+
+        root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        guest_device = os.stat(tracing).st_dev
+        mounts = mountpoint.parse_mountinfo(Path(f"/proc/{child}/mountinfo").read_bytes())
+        shown = [os.fsdecode(mount.directory) for mount in mounts if mount.fstype == mountpoint.FSTYPE]
+        paths, uprobes = HostPaths(root, guest_device, [str(tracing.parent), *shown]), Uprobes(guest_device)
+        self._progress.begin()
+        notes = Notes(self._library, listener, self._notes, self._progress, self._level)
+        Recorder(notes, self._recorder, self._progress, paths, uprobes, os.getppid(), self._level).run()
 
     def ended(self, pid: int) -> bool:
         """A child of the first process has ended: if it is the recorder, step in."""
         if pid != self._pid or self._listener is None:
             return False
-        threading.Thread(target=_proceed, args=(self._listener, self._in_flight), daemon=True).start()
+        threading.Thread(target=self._proceed, args=(self._listener,), daemon=True).start()
         return True
 
-
-def _record(
-    listener: Listener, daemon: socket.socket, child: int, tracing: Path, in_flight: mmap.mmap, level: Level
-) -> None:
-    from fakefs.mirror.hostpaths import HostPaths
-    from fakefs.mirror.recorder import Recorder
-    from fakefs.mirror.uprobes import Uprobes
-
-    def note(identity: int) -> None:
-        struct.pack_into("<Q", in_flight, 0, identity)
-
-    root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    guest_device = os.stat(tracing).st_dev
-    mounts = mountpoint.parse_mountinfo(Path(f"/proc/{child}/mountinfo").read_bytes())
-    shown = [os.fsdecode(mount.directory) for mount in mounts if mount.fstype == mountpoint.FSTYPE]
-    paths = HostPaths(root, guest_device, [str(tracing.parent), *shown])
-    Recorder(listener, daemon, paths, Uprobes(guest_device), os.getppid(), level, note).run()
+    def _proceed(self, listener: Listener) -> None:
+        """Answer the calls the recorder left, and all others."""
+        for identity in self._progress.unanswered:
+            listener.proceed(identity)
+        with suppress(BlockingIOError, EOFError):
+            while True:
+                _let_go_on(listener, next_note(self._notes[1]).call)
+        with suppress(OSError):
+            while True:
+                notification = listener.receive()
+                if notification is not None:
+                    _let_go_on(listener, notification)
 
 
-def _proceed(listener: Listener, in_flight: mmap.mmap) -> None:
-    """Answer the call the recorder left, and all others."""
-    [identity] = struct.unpack_from("<Q", in_flight, 0)
-    listener.proceed(identity)
-    with suppress(OSError):
-        while True:
-            notification = listener.receive()
-            if notification is not None:
-                if notification.number == sigframe.RT_SIGRETURN:
-                    sigframe.leave(notification.tid, partial(listener.is_valid, notification.id))
-                listener.proceed(notification.id)
+def _let_go_on(listener: Listener, call: Notification) -> None:
+    if call.number == sigframe.RT_SIGRETURN:
+        sigframe.leave(call.tid, partial(listener.is_valid, call.id))
+    listener.proceed(call.id)

@@ -7,7 +7,6 @@ fails in the guest is nobody's business on the host.
 
 from __future__ import annotations
 
-import socket
 import sys
 
 import trio
@@ -20,6 +19,7 @@ from fakefs.mirror.filecalls import FileCalls
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.hits import Hits
 from fakefs.mirror.inodes import InodeFacts, Inodes
+from fakefs.mirror.launch import Recording
 from fakefs.mirror.probesites import ProbeSites
 from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.queue import Died, Looks, Queue
@@ -32,6 +32,7 @@ from fakefs.mirror.records import (
     Files,
     Handled,
     Hit,
+    Mark,
     Name,
     Opened,
     Placed,
@@ -46,6 +47,7 @@ from fakefs.mirror.records import (
     Wait,
     decode,
     encode,
+    packet,
 )
 from fakefs.mirror.transfers import Transfers
 from fakefs.prepare import noted
@@ -57,13 +59,12 @@ _QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder 
 
 
 class Mirror:
-    """Implements `fakefs.shadow.Watching`. `records` is the socket from the recorder."""
+    """Implements `fakefs.shadow.Watching`."""
 
-    def __init__(
-        self, shadows: Shadows, host_files: HostFiles, records: socket.socket, level: Level, nursery: trio.Nursery
-    ) -> None:
-        self._socket = records
-        records.setblocking(False)
+    def __init__(self, shadows: Shadows, host_files: HostFiles, recording: Recording, nursery: trio.Nursery) -> None:
+        self._socket, self._progress, level = recording
+        self._socket.setblocking(False)
+        self._nursery = nursery
         guest, facts = shadows.pump.guest, noted(shadows.pump.guest, "inodes")
         paths = GuestPaths(shadows, Inodes(guest, InodeFacts.from_json(facts) if facts else None))
         self._shadows = shadows
@@ -75,6 +76,11 @@ class Mirror:
         self._sites = ProbeSites(shadows, host_files, self._tell)
         self._hits = Hits(shadows, self._processes, self._sites)
         self._taken = self._done = 0  # records, since the beginning
+        self._heard = 0  # calls that were taken in or came to nothing: `Progress.done` when there was nothing more
+        self._dying: list[tuple[int, Died]] = []  # those of which so many calls have to be heard before
+        self._asked = 0  # the last of these that the recorder was asked about
+        self._telling = trio.Lock()
+        self._news = trio.Event()
         self._arrived = trio.Event()
         self._finished = trio.Event()
 
@@ -91,20 +97,41 @@ class Mirror:
 
     def _drain(self) -> bool:
         """Take in what the socket has; False when the recorder is gone."""
+        heard, there = self._progress.done, True
         try:
-            while packet := self._socket.recv(PACKET_MAX):
-                match record := decode(packet):
-                    case Placed(number):
-                        self._sites.placed(number)
-                    case Site() | Sites():
-                        pass  # are for the recorder
-                    case _:
-                        self._put(record)
+            while received := self._socket.recv(PACKET_MAX):
+                for message in decode(received):
+                    match message:
+                        case Placed(number):
+                            self._sites.placed(number)
+                        case Mark():
+                            pass  # has come behind the records that were waited for
+                        case Site() | Sites():
+                            pass  # are for the recorder
+                        case _:
+                            self._put(message)
+            there = False
         except BlockingIOError:
-            return True
+            pass
         except OSError:
-            return False
-        return False
+            there = False
+        self._heard = heard if there else sys.maxsize
+        while self._dying and self._dying[0][0] <= self._heard:
+            self._put(self._dying.pop(0)[1])
+        if self._dying and self._heard >= self._asked:  # else an answer is on its way
+            self._asked = self._dying[-1][0]
+            self._nursery.start_soon(self._tell, Mark(self._asked))
+        news, self._news = self._news, trio.Event()
+        news.set()
+        return there
+
+    async def _hear(self, calls: int) -> None:
+        """Return when so many calls have been taken in."""
+        self._drain()
+        if self._heard < calls:
+            await self._tell(Mark(calls))
+        while self._heard < calls:
+            await self._news.wait()
 
     def _put(self, record: Record | Died) -> None:
         if self._queue.put(record):
@@ -112,8 +139,9 @@ class Mirror:
             self._arrived.set()
 
     def _note_death(self, shadow: Mirrored, status: int | None) -> None:
-        self._drain()  # what it did before comes before
-        self._put(Died(shadow, status))
+        """What it did before comes before."""
+        self._dying.append((self._progress.noted, Died(shadow, status)))
+        self._drain()
 
     async def run(self) -> None:
         """Do what the records say, until cancelled."""
@@ -141,7 +169,7 @@ class Mirror:
         processes = self._processes
         if not isinstance(record, Died):
             for child, status in processes.ended_children(record.tid):  # one may be why it has gone on
-                if not self._queue.has_of(child.tgid):
+                if not self._dying and not self._queue.has_of(child.tgid):
                     await self._delivery.end(child, status)
         match record:
             case Looks():
@@ -199,21 +227,27 @@ class Mirror:
         """Return when the programs of the host will hit the uprobes that there are now."""
         await self._sites.changed(tid)
 
-    async def _tell(self, packet: Site | Sites) -> None:
-        data = encode(packet)
-        while len(data) <= PACKET_MAX:
-            try:
-                self._socket.send(data)
-                return
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._socket)
-            except OSError:
-                return  # the recorder is gone
+    async def _tell(self, message: Mark | Site | Sites) -> None:
+        data = packet([encode(message)])
+        async with self._telling:
+            while len(data) <= PACKET_MAX:
+                try:
+                    self._socket.send(data)
+                    return
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except OSError:
+                    return  # the recorder is gone
 
     async def catch_up(self, tid: int) -> None:
         """Wait until all that was recorded is done, and the shadow of `tid` waits for nothing."""
-        self._drain()
-        self._processes.look_for_ends()
+        if tid == self._progress.recorder:  # what it waits for cannot wait for it
+            self._drain()
+        else:
+            await self._hear(self._progress.noted)
+            self._processes.look_for_ends()
+            if self._dying:
+                await self._hear(self._dying[-1][0])
         until = self._taken
         while self._done < until:
             await self._finished.wait()

@@ -9,25 +9,13 @@ has come to it is one signal there, as it is while it is pending.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fakefs.mirror.calls import NUMBER
 from fakefs.mirror.processes import Mirrored
-from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Transfer
+from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Transfer, looks
 
-_OPENS = {NUMBER["open"]: 1, NUMBER["openat"]: 2, NUMBER["openat2"]: 2}
-"""Which argument has the flags."""
-_CHANGING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
-_LOOKS = frozenset(
-    NUMBER[name]
-    for name in (
-        *("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
-        *("statfs", "getxattr", "lgetxattr", "listxattr", "llistxattr"),
-    )
-)
 _MOST = 32
 """Looks made in one go; a slot has room for four calls of each."""
 
@@ -53,14 +41,6 @@ class Looks:
         self.seen.update((entry.path, entry) for entry in entries)
         self.records.append(record)
         return True
-
-
-def looks(record: Record) -> bool:
-    """Does a record only look at files, and leave everything as it is?"""
-    if not isinstance(record, Files):
-        return False
-    flags = _OPENS.get(record.number)
-    return record.number in _LOOKS if flags is None else not (record.arguments[flags] or 0) & _CHANGING
 
 
 class Died(NamedTuple):

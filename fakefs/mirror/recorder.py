@@ -21,9 +21,10 @@ from typing import NamedTuple
 from fakefs.mirror import credentials, openfiles, refused, sigframe, trampoline
 from fakefs.mirror.arguments import AT_FDCWD, Arguments, NoPath, argv_at, room, signed, string_at
 from fakefs.mirror.births import Image, read_birth, read_image
-from fakefs.mirror.calls import Call, Level, find
+from fakefs.mirror.calls import NUMBER, Call, Level, find
 from fakefs.mirror.endpoints import FAMILIES, Endpoints
 from fakefs.mirror.hostpaths import HostPaths, NotMirrored
+from fakefs.mirror.notes import Note, Notes, Progress, State
 from fakefs.mirror.outcomes import Outcomes
 from fakefs.mirror.records import (
     PACKET_MAX,
@@ -31,8 +32,9 @@ from fakefs.mirror.records import (
     Descriptors,
     Exit,
     Files,
+    Mark,
+    Message,
     Name,
-    Placed,
     Plain,
     Program,
     Record,
@@ -41,8 +43,9 @@ from fakefs.mirror.records import (
     Wait,
     decode,
     encode,
+    packet,
 )
-from fakefs.mirror.seccomp import Listener, Notification, read_memory
+from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.sigframe import Frame
 from fakefs.mirror.signals import Signals, asked, pid_behind
 from fakefs.mirror.uprobes import Uprobes
@@ -53,6 +56,8 @@ _P_PID, _P_PIDFD = 1, 3
 _TIMESPEC = struct.Struct("<qq")
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
 _GENERATIONS = 64
+_AT_ONCE = 16  # calls taken before the daemon is listened to again
+_SET_ROBUST_LIST = NUMBER["set_robust_list"]
 
 
 class Thread(NamedTuple):
@@ -70,23 +75,24 @@ class _Execve(NamedTuple):
 
 
 class Recorder:
-    """Reads `listener`, and sends records through `daemon`, a socket of packets.
+    """Takes `notes`, and sends records through `daemon`, a socket of packets.
 
-    `outside` is the process that is the parent of the first one that is mirrored. `in_flight` is told the id of the
-    notification that is being looked at, 0 for none.
+    `outside` is the process that is the parent of the first one that is mirrored.
     """
 
     def __init__(
         self,
-        listener: Listener,
+        notes: Notes,
         daemon: socket.socket,
+        progress: Progress,
         paths: HostPaths,
         uprobes: Uprobes,
         outside: int,
         level: Level,
-        in_flight: Callable[[int], None] = lambda identity: None,
     ) -> None:
-        self._listener = listener
+        self._notes = notes
+        self._listener = notes.listener
+        self._progress = progress
         self._daemon: socket.socket | None = daemon
         self._told = daemon.fileno()
         self._paths = paths
@@ -97,11 +103,14 @@ class Recorder:
         self._arguments = Arguments(paths)
         self._outside = outside
         self._level = level
-        self._in_flight = in_flight
+        self._outgoing: list[bytes] = []  # what the daemon is told next
+        self._size = 0  # bytes
+        self._handled = 0  # calls of which that is
+        self._marks: list[Mark] = []
         self._threads: dict[int, Thread] = {}
         self._programs: dict[int, _Execve] = {}  # what a thread has asked execve(2) for
         self._special: dict[str, Callable[[Notification, Call], Iterable[Record]]] = {
-            "set_robust_list": self._birth,
+            "set_robust_list": lambda notification, call: (),
             "execve": self._execve,
             "execveat": self._execve,
             "arch_prctl": self._new_program,
@@ -127,55 +136,67 @@ class Recorder:
         }
 
     def run(self) -> None:
-        """Serve until the listener ends."""
+        """Serve for ever."""
         ready = select.poll()
-        ready.register(self._listener.fd, select.POLLIN)
+        ready.register(self._notes, select.POLLIN)
         ready.register(self._told, select.POLLIN)
         while True:
             events = dict(ready.poll())
             if events.get(self._told, 0) and not self._take():
                 ready.unregister(self._told)
-            if not events.get(self._listener.fd, 0):
-                continue
-            try:
-                notification = self._listener.receive()
-            except InterruptedError:
-                continue
-            except OSError:
-                return
-            if notification is None:
-                if events[self._listener.fd] & select.POLLHUP:
-                    ready.unregister(self._listener.fd)  # the last program has ended: as with it, nothing is left to do
-                continue
-            self._in_flight(notification.id)
+            if events.get(self._notes.fileno(), 0):
+                try:
+                    for _ in range(_AT_ONCE):
+                        self._handle(self._notes.take())
+                except BlockingIOError:
+                    pass
+                except EOFError:
+                    ready.unregister(self._notes)  # the last program has ended: as with it, nothing is left to do
+            self._flush()
+
+    def _handle(self, note: Note) -> None:
+        """Record a call, and let it go on."""
+        call = note.call
+        if note.state is State.WAITS:
+            self._progress.take(call.id)
             refusal = 0
             try:
-                frame = self._leave(notification)
-                if self._daemon is not None and notification.tid > 0:
-                    refusal = self._note(notification, frame)
+                frame = self._leave(call)
+                if self._daemon is not None and call.tid > 0:
+                    refusal = self._note(note, frame)
+                    self._notes.trust(call.tid, trusted=call.tid in self._threads and call.tid not in self._programs)
             finally:
                 if refusal:
-                    self._listener.refuse(notification.id, refusal)
+                    self._listener.refuse(call.id, refusal)
                 else:
-                    self._listener.proceed(notification.id)
-                self._in_flight(0)
+                    self._listener.proceed(call.id)
+                self._progress.take(0)
+        elif note.state is State.GOES_ON and self._daemon is not None:
+            self._note(note)
+        self._handled += 1
 
     def _take(self) -> bool:
         """Take in what the daemon tells; False when it is gone."""
         try:
-            packet = b"" if self._daemon is None else self._daemon.recv(PACKET_MAX)
+            received = b"" if self._daemon is None else self._daemon.recv(PACKET_MAX)
         except OSError:
             return False
-        if packet and (placed := self._uprobes.take(decode(packet))) is not None:
-            self._send(placed)
-        return bool(packet)
+        if not received:
+            return False
+        for message in decode(received):
+            if isinstance(message, Mark):
+                self._marks.append(message)
+            elif (placed := self._uprobes.take(message)) is not None:
+                self._notes.hold(held=self._uprobes.wanted)
+                self._tell(placed)
+        return True
 
     def _leave(self, notification: Notification) -> Frame | None:
         if notification.number != sigframe.RT_SIGRETURN:
             return None
         return sigframe.leave(notification.tid, partial(self._listener.is_valid, notification.id))
 
-    def _note(self, notification: Notification, frame: Frame | None) -> int:
+    def _note(self, note: Note, frame: Frame | None = None) -> int:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile.
 
         Return the error number of a call that is to be refused, else 0.
@@ -183,7 +204,7 @@ class Recorder:
         records: list[Record] = []
         refusal = 0
         try:
-            for record in self._records(notification, frame):
+            for record in self._records(note, frame):
                 records.append(record)  # those before an error are wanted
         except refused.Refused as error:
             refusal = error.number
@@ -191,20 +212,40 @@ class Recorder:
             pass  # gone, not for the guest, or nonsense
         except Exception as error:  # a fault of ours must not end the record of all that follows
             sys.stderr.write(f"fakefs: a call was not recorded: {error!r}; please report this\n")
-        if self._listener.is_valid(notification.id):
+        if note.state is State.GOES_ON or self._listener.is_valid(note.call.id):
             for record in records:
-                self._send(record)
+                self._record(record)
         return refusal
 
-    def _send(self, record: Record | Placed) -> None:
-        packet = encode(record)
-        if self._daemon is None or len(packet) > PACKET_MAX:
-            return
-        try:
-            self._daemon.send(packet)
-        except OSError:
-            self._daemon = None
-            return
+    def _tell(self, message: Message) -> None:
+        """Have the daemon told, with what comes next."""
+        encoded = encode(message)
+        if self._size + len(encoded) > PACKET_MAX - 2:
+            self._send()
+        if len(encoded) <= PACKET_MAX - 2:
+            self._outgoing.append(encoded)
+            self._size += len(encoded) + 1
+
+    def _send(self) -> None:
+        if self._outgoing and self._daemon is not None:
+            try:
+                self._daemon.send(packet(self._outgoing))
+            except OSError:
+                self._daemon = None
+        self._outgoing.clear()
+        self._size = 0
+
+    def _flush(self) -> None:
+        """Tell the daemon of all that was recorded."""
+        self._send()
+        self._progress.count(self._handled)
+        self._handled = 0
+        while self._marks and self._marks[0].noted <= self._progress.done:
+            self._tell(self._marks.pop(0))
+        self._send()
+
+    def _record(self, record: Record) -> None:
+        self._tell(record)
         match record:
             case Files(paths=paths):
                 for path in paths:
@@ -218,8 +259,12 @@ class Recorder:
 
     # ---- threads
 
-    def _records(self, notification: Notification, frame: Frame | None) -> Iterator[Record]:
-        if notification.tid not in self._threads:
+    def _records(self, note: Note, frame: Frame | None) -> Iterator[Record]:
+        notification = note.call
+        if notification.tid in self._threads:
+            if notification.number == _SET_ROBUST_LIST:
+                yield from self._reborn(notification.tid)
+        else:
             yield from self._births(notification.tid)
             if notification.tid not in self._threads:
                 return  # it has been killed
@@ -239,7 +284,7 @@ class Recorder:
         call = find(notification.number, notification.arguments)
         if self._programs and self._is_new_image(notification.tid, call):
             yield from self._new_program(notification, call)
-        if call.name not in ("execve", "execveat"):
+        if note.state is State.WAITS and call.name not in ("execve", "execveat"):
             parent = self._threads[notification.tid].parent
             self._uprobes.visit(notification.tid, parent, waits, loaded=call.name == "arch_prctl")
         special = self._special.get(call.name)
@@ -253,7 +298,7 @@ class Recorder:
             yield from self._plain(notification, call)
         else:
             try:
-                yield self._arguments.files(notification, call)
+                yield self._arguments.files(note, call)
             except NoPath:
                 yield self._transfer(notification, call.without_path)
 
@@ -275,11 +320,10 @@ class Recorder:
             yield from self._outcomes.seen_of(birth.parent)
             yield birth
 
-    def _birth(self, notification: Notification, call: Call) -> Iterator[Record]:
-        """A thread's first call: if its number was another's before, that one has been killed."""
-        tid = notification.tid
-        birth, known = read_birth(tid), self._threads.get(tid)
-        if birth is not None and known is not None and known != Thread(birth.tgid, birth.parent):
+    def _reborn(self, tid: int) -> Iterator[Record]:
+        """A known thread makes the first call of a thread: if its number was another's, that one has been killed."""
+        birth = read_birth(tid)
+        if birth is not None and self._threads[tid] != Thread(birth.tgid, birth.parent):
             del self._threads[tid]
             yield from self._births(tid)
 

@@ -1,4 +1,4 @@
-"""What the recorder tells the daemon of the host's processes, one packet each, in the order in which it happened.
+"""What the recorder tells the daemon of the host's processes, in packets, in the order in which it happened.
 
 The daemon tells it of uprobes.
 
@@ -9,8 +9,11 @@ namespace in which both live.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, NamedTuple, get_args
+
+from fakefs.mirror.calls import CHANGING, LOOKS
 
 PACKET_MAX = 1 << 16
 
@@ -228,6 +231,12 @@ class Placed(NamedTuple):
     number: int
 
 
+class Mark(NamedTuple):
+    """From the daemon, and sent back when it was told of so many calls."""
+
+    noted: int
+
+
 Contents = tuple[int, ...]
 """A file with what is in it: st_dev, st_ino, st_size and st_mtime_ns. A new file may get the inode of an old one."""
 
@@ -269,18 +278,37 @@ Record = (
     | Opened
     | Hit
 )
-Packet = Record | Placed | Site | Sites
-_KINDS: dict[str, type[Packet]] = {kind.__name__: kind for kind in get_args(Packet)}
+Message = Record | Placed | Mark | Site | Sites
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
-def encode(record: Packet) -> bytes:
-    """Return a packet."""
-    return json.dumps([type(record).__name__, *record], separators=(",", ":")).encode()
+def looks(record: Record) -> bool:
+    """Does a record only look at files, and leave everything as it is?"""
+    if not isinstance(record, Files) or record.number not in LOOKS:
+        return False
+    flags = LOOKS[record.number]
+    return flags is None or not (record.arguments[flags] or 0) & CHANGING
 
 
-def decode(packet: bytes) -> Packet:
-    """Return what `encode()` was given. The other end is a process of ours: nothing else arrives."""
-    kind, *values = json.loads(packet)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode(record: Message) -> bytes:
+    """Return what `packet()` puts together."""
+    return _encode([type(record).__name__, *record]).encode()
+
+
+def packet(encoded: Iterable[bytes]) -> bytes:
+    """Return a packet with messages in it."""
+    return b"[" + b",".join(encoded) + b"]"
+
+
+def decode(received: bytes) -> list[Message]:
+    """Return what is in a packet. The other end is a process of ours: nothing else arrives."""
+    return [_message(kind, values) for kind, *values in json.loads(received)]
+
+
+def _message(kind: str, values: list[Any]) -> Message:
     if kind == "Program":
         values[1] = _path(values[1])
     elif kind == "Site":

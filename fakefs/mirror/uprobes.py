@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from fakefs.mirror.fetchargs import Memory, look
 from fakefs.mirror.patches import Code, Process
-from fakefs.mirror.records import Contents, Hit, Packet, Placed, Returns, Site, Sites
+from fakefs.mirror.records import Contents, Hit, Message, Placed, Returns, Site, Sites
 from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.trampoline import BELOW_STACK, RETURN, SAVED, SAVED_SIZE
 
@@ -38,20 +38,25 @@ class Uprobes:
         self._seen: set[int] = set()  # threads, since the sites changed
         self._pending: dict[tuple[int, int], int] = {}  # probe by thread and place of the return address
 
-    def take(self, packet: Packet) -> Placed | None:
+    def take(self, message: Message) -> Placed | None:
         """Take in what the daemon tells. When that was all, return what it waits for."""
-        if isinstance(packet, Site):
-            self._coming[packet.id] = packet
-        if not isinstance(packet, Sites):
+        if isinstance(message, Site):
+            self._coming[message.id] = message
+        if not isinstance(message, Sites):
             return None
         self._sites, self._coming = self._coming, {}
         self._by_file.clear()
         for site in self._sites.values():
             self._by_file.setdefault(site.file, []).append(site)
         self._seen.clear()
-        self._seen.add(packet.tid)
-        self._visit(packet.tid, lambda: True)
-        return Placed(packet.number)
+        self._seen.add(message.tid)
+        self._visit(message.tid, lambda: True)
+        return Placed(message.number)
+
+    @property
+    def wanted(self) -> bool:
+        """Are there any?"""
+        return bool(self._by_file)
 
     def visit(self, tid: int, parent: int, waits: Callable[[], bool], *, loaded: bool) -> None:
         """Look after the process of a thread that waits in a call. `loaded`: its program has just been.

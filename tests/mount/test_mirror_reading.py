@@ -82,6 +82,27 @@ def test_a_file_that_changes_is_the_new_one_in_the_guest(mirrored: Run, tmp_path
     ]
 
 
+def test_what_has_gone_on_before_it_was_noted_is_in_the_trace(mirrored: Run, tmp_path: Path) -> None:
+    """Also of a process that nobody is told the end of: a fault ends it right behind its last look at a file."""
+    fault = "import ctypes\nfor _ in range(100): open('last').close()\nctypes.string_at(0)\n"
+    (tmp_path / "last").touch()
+    (tmp_path / "fault.py").write_text(fault)
+    done = mirrored(
+        SETUP
+        + _OPENS
+        + """
+        echo text > file; exec 5< /sys/kernel/tracing/trace
+        for i in {1..200}; do : < file; done
+        mapfile -t lines <&5
+        python3 -S fault.py 2> /dev/null & wait $!; echo $?
+        mapfile -t others < /sys/kernel/tracing/trace
+        seen=0; for line in "${lines[@]}"; do [[ $line != *'opened: '*'name="file"'* ]] || ((++seen)); done; echo $seen
+        last=0; for line in "${others[@]}"; do [[ $line != *'found: '*'name="last"'* ]] || ((++last)); done; echo $last
+        """
+    )
+    assert (done.stdout.split(), done.returncode) == (["139", "201", "100"], 0)
+
+
 def test_files_have_their_sizes_where_they_are_read(mirrored: Run, tmp_path: Path) -> None:
     """With `all`: what is read is as much as on the host, now and after the file has grown or shrunk."""
     (tmp_path / "file").write_bytes(b"x" * 5000)

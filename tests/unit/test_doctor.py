@@ -95,9 +95,13 @@ def test_unicorn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_native_parts(tmp_path: Path) -> None:
-    assert doctor.native_parts(tmp_path).detail == "not built: emulator/_core.so, fakefs/fuse/_shim.so"
+    assert doctor.native_parts(tmp_path).detail == (
+        "not built: emulator/_core.so, fakefs/fuse/_shim.so, fakefs/mirror/_notes.so"
+    )
     (tmp_path / "fakefs/fuse").mkdir(parents=True)
     (tmp_path / "fakefs/fuse/_shim.abi3.so").touch()
+    (tmp_path / "fakefs/mirror").mkdir()
+    (tmp_path / "fakefs/mirror/_notes.so").touch()
     assert doctor.native_parts(tmp_path).detail == "not built: emulator/_core.so"
     (tmp_path / "emulator").mkdir()
     (tmp_path / "emulator/_core.so").touch()

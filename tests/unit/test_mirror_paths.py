@@ -32,6 +32,7 @@ from fakefs.mirror.records import (
     Wait,
     decode,
     encode,
+    packet,
 )
 
 
@@ -178,6 +179,50 @@ _RECORD = st.one_of(
 )
 
 
-@given(_RECORD)
-def test_records_arrive_as_they_were_sent(record: Record) -> None:
-    assert decode(encode(record)) == record
+@given(st.lists(_RECORD, max_size=3))
+def test_records_arrive_as_they_were_sent(records: list[Record]) -> None:
+    assert decode(packet(map(encode, records))) == records
+
+
+def test_what_was_seen_is_looked_at_again(paths: HostPaths, tmp_path: Path) -> None:
+    """By somebody who is not mirrored, a file or link on the way is changed: that shows at once."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").touch()
+    (tmp_path / "link").symlink_to("a/file")
+    (tmp_path / "up").symlink_to("a")
+
+    def look(path: str) -> list[tuple[str, str]]:
+        entries = paths.look(path, follow=True)
+        paths.tell(entries)
+        return told(entries)
+
+    for path in ("/a/file", "/link", "/up/file", "/a/none", "/none/none"):
+        look(path)
+        assert len(look(path)) == 1, path
+        assert look(path) == look(path)
+    (tmp_path / "link").unlink()
+    assert look("/link") == [("/link", "none")]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/file").touch()
+    (tmp_path / "up").unlink()
+    (tmp_path / "up").symlink_to("b")
+    assert look("/up/file") == [("/up", "link"), ("/b", "dir"), ("/b/file", "file")]
+    (tmp_path / "a/file").chmod(0o600)
+    assert stat.S_IMODE(paths.look("/a/file", follow=True)[0].mode) == 0o600
+    (tmp_path / "a/none").touch()
+    assert look("/a/none") == [("/a/none", "file")]
+    (tmp_path / "none").mkdir()
+    assert look("/none/none") == [("/none", "dir"), ("/none/none", "none")]
+
+
+def test_what_mirrored_calls_change_is_looked_at_anew(paths: HostPaths, tmp_path: Path) -> None:
+    """Even if what is there then seems the same."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").touch()
+    paths.tell(paths.look("/a/file", follow=True))
+    for _ in range(2):
+        assert told(paths.look("/a/file", follow=True)) == [("/a/file", "file")]
+    paths.forget("/a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").symlink_to("b")
+    assert told(paths.look("/a/file", follow=True)) == [("/a", "link"), ("/b", "dir"), ("/b/file", "file")]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakefs.mirror.calls import NUMBER
-from fakefs.mirror.queue import Looks, Queue, looks
-from fakefs.mirror.records import Birth, Entry, Exit, Files, Handled, Name, PathArgument, Program, Record
+from fakefs.mirror.queue import Looks, Queue
+from fakefs.mirror.records import Birth, Entry, Exit, Files, Handled, Name, PathArgument, Program, Record, looks
 
 _DIRECTORY, _FILE = 0o40755, 0o100644
 
