@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from fakefs.mirror.calls import TABLE
 from tests.mount.conftest import Run
 from tests.mount.mirrored import GUEST, SETUP, SHOW, hits
 from tests.mounted import FAKEFS
@@ -113,6 +115,16 @@ print(install(NOTIFY, 8))
 open("made", "w").close()
 os.execvp("sh", ["sh", "-c", ": > made; exit 5"])
 """
+
+
+def test_nonsense_about_open_files(mirrored: Run) -> None:
+    """Each call, with what a program may give it by mistake or not: none is a fault of ours, and the guest lives on."""
+    calls = [(call.number, call.name, call.arguments) for call in TABLE if call.is_on_open_files]
+    program = Path(__file__).parent / "nonsense.py"
+    done = mirrored(f"{FAKEFS[0]} {program} '{json.dumps(calls)}'; ls -s file" + _SLOTS, "all")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.startswith("made\n")
+    assert slots(done) < 12
 
 
 def test_programs_with_filters_of_their_own(mirrored: Run) -> None:
