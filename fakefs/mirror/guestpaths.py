@@ -72,6 +72,7 @@ class GuestPaths:
         ram = shadows.pump.machine.ram_size
         self._files_most = self._files_full = ram // _RAM_PER_FILE
         self._content_most, self._content = ram // 8, 0  # bytes
+        self._stub_size = 0  # bytes; 0: not known yet
 
     # ---- what mirrored calls do
 
@@ -155,6 +156,9 @@ class GuestPaths:
             file = self._known[entry.path] = _File(entry, stub=True)
             self._call(Sys.LINKAT, AT_FDCWD, _STUB, AT_FDCWD, _inside(entry.path), 0, names=file)
         await self._flush()
+        if file is not None and file.inode is not None:
+            self._stub_size = self._stub_size or self.inodes.size(file.inode)
+            self.inodes.set_size(file.inode, max(entry.size, self._stub_size))
 
     def _equal(self, entry: Entry) -> None:
         """Queue the calls that make the guest's file what the host's is."""
@@ -166,7 +170,11 @@ class GuestPaths:
             has_room = len(self._known) < self._files_most * 3 // 2
             if entry.mode and has_room and not _is_guests_own(f"{entry.path}/"):
                 self._create(entry)
-        elif not file.stub:
+        elif file.stub:
+            file.size = entry.size  # all of them are one file, which has the size of the one that is looked at
+            if entry.size:  # pages of a running program would be lost
+                self._resized[entry.path] = file
+        else:
             path = _inside(entry.path)
             owned = file.uid == entry.uid and file.gid == entry.gid
             if not owned:
@@ -236,7 +244,9 @@ class GuestPaths:
             if len(named) == len(made):
                 for file, inode in zip(named, made, strict=True):
                     file.inode = inode
-        lost = [path for path, file in resized.items() if not self.inodes.set_size(file.inode, file.size)]
+        lost = [
+            path for path, file in resized.items() if not (self.inodes.set_size(file.inode, file.size) or file.stub)
+        ]
         await self._init([(Sys.TRUNCATE, _inside(path), resized[path].size) for path in lost])
 
     async def _init(self, calls: list[Wish]) -> list[int]:

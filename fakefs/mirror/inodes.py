@@ -82,13 +82,22 @@ class Inodes:
                     self._made.append(Inode(at, memory.read_u64(at + facts.number)))
         return False
 
+    def size(self, inode: Inode) -> int:
+        """Return a file's size in bytes; 0 when it is not there any more."""
+        at = self._size_at(inode)
+        return 0 if at is None else self._machine.memory.read_u64(at)
+
     def set_size(self, inode: Inode | None, size: int) -> bool:
         """Give a file a size in bytes; False when it is not there any more."""
-        if inode is None or self._facts is None:
-            return False
-        memory, facts = self._machine.memory, self._facts
+        at = None if inode is None else self._size_at(inode)
+        if at is not None:
+            self._machine.memory.write_u64(at, size)
+        return at is not None
+
+    def _size_at(self, inode: Inode) -> int | None:
+        """Return the physical address of a file's size, if the file is there still."""
+        if (facts := self._facts) is None:
+            return None
+        memory = self._machine.memory
         mode, number = memory.read_u32(inode.at + facts.mode) & 0xFFFF, memory.read_u64(inode.at + facts.number)
-        if not stat.S_ISREG(mode) or number != inode.number:
-            return False
-        memory.write_u64(inode.at + facts.size, size)
-        return True
+        return inode.at + facts.size if stat.S_ISREG(mode) and number == inode.number else None

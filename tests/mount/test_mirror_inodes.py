@@ -58,6 +58,29 @@ def test_probes_see_the_hosts_sizes(mirrored: Run, tmp_path: Path, mirror: str) 
     assert "truncates" not in {hit.event for hit in seen}
 
 
+@pytest.mark.parametrize("mirror", ["files", "all"])
+def test_sizes_of_programs(mirrored: Run, mirror: str) -> None:
+    """What stands for them in the guest has the size of each, and can be executed still, however small that is."""
+    done = mirrored(
+        SETUP
+        + _PROBES
+        + r"""
+        T=/sys/kernel/tracing; echo 1 > $T/events/sched/sched_process_exec/enable
+        cp "$(type -P true)" large; printf '#!/bin/true' > small; chmod +x small
+        sleep 1000 & until mapfile -t lines < $T/trace; [[ "${lines[*]}" == *filename=*/sleep* ]]; do :; done
+        for i in 1 2 3; do ./large; ./small; cat small large > /dev/null; : < small; done
+        ln large again; mv small tiny; exec 2> /dev/null; kill $!; wait; stat -c %s large; rm again tiny large
+        """
+        + SHOW,
+        mirror,
+    )
+    seen = hits(done)
+    large = int(done.stdout.split()[0])
+    assert sizes(seen) == {"large": large, "again": large, "tiny": 11}
+    executed = [hit.fields["filename"] for hit in seen if hit.event == "sched_process_exec"]
+    assert executed.count("./large") == executed.count("./small") == 3
+
+
 def test_sizes_of_odd_files(mirrored: Run) -> None:
     """Names of any bytes, by links and from a removed directory; sizes beyond everything; what has none."""
     done = mirrored(

@@ -64,6 +64,10 @@ class Init:
             self.calls.append(("size", inode.number, size))
         return inode is not None
 
+    def size(self, inode: Inode) -> int:
+        """As `Inodes.size()`."""
+        return 1000
+
     def make(self, *entries: Entry, writes: bool = False) -> list[tuple[object, ...]]:
         """Have the guest have these; return the calls that were made for it."""
         self.calls.clear()
@@ -130,14 +134,16 @@ def test_what_the_guest_has_of_its_own() -> None:
 
 def test_a_program_is_a_stub_until_it_is_written_to() -> None:
     init, entry = Init(), Entry("/p", stat.S_IFREG | 0o755, size=9)
-    assert init.make_program(entry) == [("linkat", "/stub", "/host/p", 0)]
-    assert init.make(entry) == []
-    assert init.make_program(entry) == []
-    there = [("mknodat", "/host/p", entry.mode, 0), ("size", 2, 9)]
+    link, there = ("linkat", "/stub", "/host/p", 0), [("mknodat", "/host/p", entry.mode, 0), ("size", 2, 9)]
+    assert init.make_program(entry) == [link, ("size", 1, 1000)]
+    assert init.make(entry) == [("size", 1, 9)]
+    assert init.make(entry._replace(size=0)) == []
+    assert init.make_program(entry) == [("size", 1, 1000)]
+    assert init.make_program(entry._replace(size=2000)) == [("size", 1, 2000)]
     assert init.make(entry, writes=True) == [("unlinkat", "/host/p", 0), *there]
     init.paths.renamed("/p", "/q", exchanged=False)
     assert init.make(entry._replace(path="/q")) == []
-    assert init.make_program(entry) == [("linkat", "/stub", "/host/p", 0)]
+    assert init.make_program(entry)[0] == link
 
 
 def test_what_is_written_is_forgotten_when_it_is_much() -> None:
