@@ -249,7 +249,7 @@ def _first(errand: Errand, view: View, report: int, *, new_pids: bool) -> int:
 
 def _tell(fd: int, text: str) -> None:
     with suppress(OSError):
-        os.write(fd, text.encode())
+        os.write(fd, os.fsencode(text))  # names need not be UTF-8
 
 
 def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
@@ -257,7 +257,10 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
     from fakefs import mountpoint, namespace, runtime
     from fakefs.view import TRACING, reopen_directories
 
-    directory = os.getcwd()
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory has been removed: go to another") from None
     place = errand.mounted or TRACING
     # What a running mount is reached by, before it is out of sight.
     mounted = errand.mounted and os.open(errand.mounted, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def test_what_cannot_be_executed(environment: dict[str, str], tmp_path: Path) ->
 
     def run_program(name: str) -> tuple[int, str, str]:
         argv = [*FAKEFS, "run", "--", name, "argument"]
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, done.stdout, done.stderr
+        done = subprocess.run(argv, env=environment, capture_output=True, timeout=60, check=False)
+        return done.returncode, os.fsdecode(done.stdout), os.fsdecode(done.stderr)
 
     plain, lacking, damaged = (tmp_path / name for name in ("plain", "lacking", "damaged"))
     plain.write_text('echo "$0 $1"; exit 3\n')
@@ -76,3 +77,21 @@ def test_what_cannot_be_executed(environment: dict[str, str], tmp_path: Path) ->
     assert run_program(str(damaged)) == (126, "", f"fakefs: {damaged}: Exec format error\n")
     assert run_program(str(tmp_path)) == (126, "", f"fakefs: {tmp_path}: Permission denied\n")
     assert run_program("") == (127, "", "fakefs: : not found\n")
+    odd = os.fsdecode(b"/nowhere/\xff")
+    assert run_program(odd) == (127, "", f"fakefs: {odd}: not found\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_descriptors(environment: dict[str, str], closed: str) -> None:
+    """What fakefs opens itself does not become one of them; the program has them as they were."""
+    argv = ["sh", "-c", f'exec "$@" {closed}', "sh", *FAKEFS, "run", "--", "sh", "-c", "[ ! -e /dev/fd/$0 ]; exit 4$?"]
+    argv.append(str("<>".index(closed[0])))
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (40, "", "")
+
+
+def test_a_directory_that_is_gone(environment: dict[str, str], tmp_path: Path) -> None:
+    argv = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "sh", *FAKEFS, "run", "--", "pwd"]
+    done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    said = "fakefs: the current directory has been removed: go to another\n"
+    assert (done.returncode, done.stdout, done.stderr) == (125, "", said)
