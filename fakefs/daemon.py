@@ -18,7 +18,6 @@ from emulator.errors import EmulatorError
 from emulator.guest import Guest
 from fakefs.control import Control
 from fakefs.errors import UserError, first_of
-from fakefs.files import Files
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
@@ -85,16 +84,15 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
             await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-        served: Files = files
         if service.recording is not None:
-            served = _mirror(shadows, files, service.recording, nursery)
+            _mirror(shadows, files, service.recording, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
             ready()
 
         await serve(
-            served,
+            files,
             service.mountpoint,
             root=service.root,
             options=service.options,
@@ -105,22 +103,17 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(shadows: Shadows, files: GuestFiles, recording: Recording, nursery: trio.Nursery) -> Files:
-    """Have processes mirrored; return the files with those that these are given."""
+def _mirror(shadows: Shadows, files: GuestFiles, recording: Recording, nursery: trio.Nursery) -> None:
     import resource
 
     from fakefs.mirror.mirror import Mirror
-    from fakefs.perf.events import Events
-    from fakefs.perf.files import EventFiles
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
-    events = Events(shadows, nursery)
-    mirror = Mirror(shadows, files.host_files, events, recording, nursery)
+    mirror = Mirror(shadows, files.host_files, recording, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)
     nursery.start_soon(mirror.run)
-    return EventFiles(files, events)
 
 
 def make_files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:

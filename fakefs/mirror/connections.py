@@ -24,7 +24,6 @@ from fakefs.syscalls import Sys
 F_SETFL = 4
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-_UNCLAIMED_MAX = 16
 _PAIR = struct.Struct("<ii")
 _SOCKET = "socket:"
 
@@ -62,9 +61,9 @@ class Connections:
             fds = _PAIR.unpack(self._pump.agent.get(shadow.task, LASTING, _PAIR.size)) if result == 0 else ()
         else:
             fds = (await self._return(shadow, record),)
-        shadow.unclaimed += [Unclaimed(kind, fd, shadow.tid) for fd in fds if fd >= 0]
-        while len(shadow.unclaimed) > _UNCLAIMED_MAX:
-            await self._pump.call(shadow.task, [(Sys.CLOSE, shadow.unclaimed.pop(0).fd)])
+        closing = [call for fd in fds if fd >= 0 for call in shadow.opened(kind, fd)]
+        if closing:
+            await self._pump.call(shadow.task, closing)
 
     async def _return(self, shadow: Mirrored, record: Plain) -> int:
         if record.number == Sys.SOCKET and not self._up:
@@ -76,11 +75,11 @@ class Connections:
         """Return a descriptor of what has a name on the host. The caller holds the shadow's lock."""
         kind = kind_of(name)
         if not name.startswith(_SOCKET):
-            fd = self.claim(shadow, kind)
+            fd = shadow.claim(kind)
             return fd if fd >= 0 else await self._of_its_own(shadow, name)
         fd = await self._of_its_own(shadow, name)
         if fd < 0:
-            fd = self.claim(shadow, kind)
+            fd = shadow.claim(kind)
         if fd >= 0:
             return fd
         for other in self._shadows.all():
@@ -89,14 +88,6 @@ class Connections:
                     if file.path == name:
                         return await self._of_another(shadow, other, file)
         return await self._return(shadow, Plain(shadow.tid, Sys.SOCKET, list(parse_name(name))))
-
-    def claim(self, shadow: Mirrored, kind: str, tid: int | None = None) -> int:
-        """Return a descriptor that waits, or one that a call of some thread has returned; else -ENOENT."""
-        for waiting in shadow.unclaimed:
-            if waiting.kind == kind and tid in (None, waiting.tid):
-                shadow.unclaimed.remove(waiting)
-                return waiting.fd
-        return -errno.ENOENT
 
     async def _of_its_own(self, shadow: Mirrored, name: str) -> int:
         for file in shadow.files.values():

@@ -1,6 +1,7 @@
 """Calls with paths in them, made in the guest: open(2), unlink(2), rename(2) and the like.
 
-Files that a call opens are closed again at once: what a program does with its descriptors is not mirrored.
+Files that a call opens are closed again at once, unless what a program does with its descriptors is mirrored too: then
+they wait for their first use.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import os
 import stat
 import struct
 
+from emulator.agent import CALL_AFTER, Call
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
 from fakefs.mirror.inodes import Inode
-from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.processes import Mirrored, Processes, kind_of_file
 from fakefs.mirror.queue import Looks
 from fakefs.mirror.records import Entry, Files
 from fakefs.shadow import Shadows
@@ -24,6 +26,7 @@ _OPEN_HOW = struct.Struct("<QQQ")
 ANSWER, ANSWER_SIZE = 0x4000, 0x4000
 """Room in a data area for what a call answers, offset and size in bytes."""
 _OPENS = frozenset(NUMBER[name] for name in ("open", "openat", "openat2", "creat"))
+_KEPT = frozenset((0, stat.S_IFREG, stat.S_IFDIR))
 _PIPES = frozenset(NUMBER[name] for name in ("pipe", "pipe2"))
 _LEAVES_CONTENT = frozenset(
     NUMBER[name]
@@ -37,12 +40,13 @@ _LEAVES_CONTENT = frozenset(
 
 
 class FileCalls:
-    """Makes them."""
+    """Makes them. `keeps`: files stay open."""
 
-    def __init__(self, shadows: Shadows, processes: Processes, paths: GuestPaths) -> None:
+    def __init__(self, shadows: Shadows, processes: Processes, paths: GuestPaths, *, keeps: bool) -> None:
         self._pump = shadows.pump
         self._processes = processes
         self._paths = paths
+        self._keeps = keeps
 
     async def make(self, record: Files) -> None:
         """Make a call by its thread's shadow, after making what it looks at equal to the host's."""
@@ -58,6 +62,7 @@ class FileCalls:
             calls, main = self._calls(shadow, record)  # here: a file of the mount may be closed until now
             with self._paths.inodes.made_by(shadow.task) as made:
                 results = await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, calls))
+            await self._keep(shadow, [record], [results[main]])
         if record.cwd:
             shadow.cwd = record.cwd
         if results[main] >= 0:
@@ -73,11 +78,29 @@ class FileCalls:
         looks.above.clear()
         async with shadow.lock:
             calls: list[Wish] = []
+            mains: list[int] = []
             for record in looks.records:
-                calls += self._calls(shadow, record)[0]
+                own, main = self._calls(shadow, record)
+                mains.append(len(calls) + main)
+                calls += own
                 shadow.cwd = record.cwd or shadow.cwd
+            results: list[int] = []
             for part in batches(calls):
-                await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
+                results += await self._pump.call(shadow.task, place(self._pump.agent, shadow.task, part))
+            await self._keep(shadow, looks.records, [results[main] for main in mains])
+
+    async def _keep(self, shadow: Mirrored, records: list[Files], fds: list[int]) -> None:
+        """What calls have opened waits for its use on the host, or is closed. The caller holds the shadow's lock."""
+        closing: list[Call] = []
+        for record, fd in zip(records, fds, strict=True):
+            if self._keeps and record.number in _OPENS and fd >= 0:
+                entry, flags = record.paths[0].entry, self._flags(record)
+                if stat.S_IFMT(entry.mode) in _KEPT and not flags & (os.O_PATH | os.O_TMPFILE & ~os.O_DIRECTORY):
+                    closing += shadow.opened(kind_of_file(entry.path, flags), fd)
+                else:
+                    closing.append((Sys.CLOSE, fd))
+        if closing:
+            await self._pump.call(shadow.task, closing)
 
     def _calls(self, shadow: Mirrored, record: Files) -> tuple[list[Wish], int]:
         """Return the calls, and which of them is the one."""
@@ -105,7 +128,8 @@ class FileCalls:
                     if flags & os.O_PATH:
                         flags &= _WITH_PATH
                     words[at:] = [_OPEN_HOW.pack(flags, words[at + 1], 0), _OPEN_HOW.size]
-            return [*before, (record.number, *words), (Sys.CLOSE, fd)], len(before)
+            closing = [] if self._keeps else [(CALL_AFTER | Sys.CLOSE, fd)]
+            return [*before, (record.number, *words), *closing], len(before)
         if record.number in _PIPES:
             return [(record.number, *words), (Sys.CLOSE, fd), (Sys.CLOSE, second)], 0
         if BY_NUMBER[record.number].arguments.startswith("F"):

@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
-from emulator.agent import DATA_SIZE, OTHER_ROOT, Agent, Call, Task, slot_batches
+from emulator.agent import CALL_AFTER, DATA_SIZE, OTHER_ROOT, Agent, Call, Task, slot_batches
 from fakefs.mirror.inodes import Inode, Inodes
 from fakefs.mirror.records import Entry
 from fakefs.shadow import Shadows
@@ -266,7 +266,8 @@ def batches(calls: Iterable[Wish]) -> Iterator[list[Wish]]:
 def place(agent: Agent, task: Task, calls: Iterable[Wish]) -> list[Call]:
     """Put the strings of calls into a task's data area, and return the calls with their addresses.
 
-    Raises ValueError when they are too long.
+    One with CALL_AFTER is made if the one before has not failed, or there is none before. Raises ValueError when they
+    are too long.
     """
     data, placed = bytearray(), list[Call]()
     for call in calls:
@@ -277,6 +278,9 @@ def place(agent: Agent, task: Task, calls: Iterable[Wish]) -> list[Call]:
                 data += each + b"\0"
             else:
                 words.append(each)
+        if words[0] & CALL_AFTER:
+            words += [*(0,) * (6 - len(words)), len(placed) - 1]
+            words[0] &= -1 if placed else ~CALL_AFTER
         placed.append(words)
     if len(data) > _ROOM:
         raise ValueError("too long")

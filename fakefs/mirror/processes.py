@@ -25,13 +25,14 @@ from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Used, Wait
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
-from fakefs.syscalls import Sys
+from fakefs.syscalls import AT_FDCWD, Sys
 
 _SIG_SETMASK = 2
 KEPT = 1 << (signal.SIGINT - 1)
 """The one signal that is not blocked: it interrupts a shadow, and has a handler."""
 _WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
 _COMM_MAX = 15
+_UNCLAIMED_MAX = 16
 _NOT_REAPED = struct.pack("<QQ16x", 0, 2)  # struct sigaction: SIG_DFL, SA_NOCLDWAIT
 _ANSWER_SIZE = 256  # room for a status, siginfo or rusage
 # <linux/pidfd.h>: struct pidfd_info, of which what is asked for, and the status
@@ -51,8 +52,16 @@ class OpenFile(NamedTuple):
         return self.path == used.file.text and not (self.flags ^ used.flags) & os.O_ACCMODE
 
 
+def kind_of_file(path: str, flags: int) -> str:
+    """Return what tells one file opened by its path from others that wait for their use."""
+    return f"{path} {flags & os.O_ACCMODE}"
+
+
 class Unclaimed(NamedTuple):
-    """What a call has opened in the guest, of a kind as `connections` has them, and the host's was not seen yet."""
+    """What a call has opened in the guest, and no call on the host's was seen yet.
+
+    `kind` is what is known of that: the path and how it was opened, or of what has none as `connections` says.
+    """
 
     kind: str
     fd: int
@@ -122,6 +131,26 @@ class Mirrored(Shadow):
         self.status: int | None = None  # with which it has
         self.blocked: Blocked | None = None
         self.doomed = int(signal.SIGKILL)
+
+    def opened(self, kind: str, fd: int) -> list[Call]:
+        """A call has opened something: it waits for the host's use. Return the calls that close what has too long."""
+        self.unclaimed.append(Unclaimed(kind, fd, self.tid))
+        return [(Sys.CLOSE, self.unclaimed.pop(0).fd) for _ in range(len(self.unclaimed) - _UNCLAIMED_MAX)]
+
+    def claim(self, kind: str, tid: int | None = None) -> int:
+        """Return a descriptor that waits, or one that a call of some thread has returned; else -ENOENT."""
+        return self._claim([each for each in self.unclaimed if each.kind == kind and tid in (None, each.tid)])
+
+    def claim_file(self, path: str, flags: int, fd: int) -> int:
+        """The same for a file that has a path: the one with a number, or the last one."""
+        waiting = [each for each in self.unclaimed if each.kind == kind_of_file(path, flags)]
+        return self._claim([each for each in waiting if each.fd == fd] or waiting[-1:])
+
+    def _claim(self, waiting: list[Unclaimed]) -> int:
+        if not waiting:
+            return -errno.ENOENT
+        self.unclaimed.remove(waiting[0])
+        return waiting[0].fd
 
     @property
     def next_descriptors(self) -> tuple[int, int]:
@@ -247,6 +276,15 @@ class Processes:
                     (Sys.PRCTL, 15, at(64 + len(OTHER_ROOT) + 3)),
                 ],
             )
+            if self._reaped:
+                await self._take_standard_files(shadow)
+
+    async def _take_standard_files(self, shadow: Mirrored) -> None:
+        """Have something open at 0, 1 and 2, as programs have, so that the numbers of what is opened are the host's."""
+        self._agent.put(shadow.task, 0, b"/dev/null\0")
+        opening = (Sys.OPENAT, AT_FDCWD, shadow.task.virtual(), os.O_RDWR, 0)
+        fds = await self._pump.call(shadow.task, [opening, (Sys.DUP, 0), (Sys.DUP, 0)])
+        shadow.files.update((fd, OpenFile("", os.O_RDWR, fd, 0)) for fd in fds if fd >= 0)
 
     def _say_full(self) -> None:
         if not self._full:

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from functools import partial
 
 from emulator.agent import WINDOW_FD
@@ -20,7 +21,7 @@ from fakefs.mirror.connections import F_SETFL, Connections, is_socket, kind_of
 from fakefs.mirror.filecalls import ANSWER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
 from fakefs.mirror.layout import Layout, buffers_size
-from fakefs.mirror.processes import Mirrored, OpenFile, Processes
+from fakefs.mirror.processes import Mirrored, OpenFile, Processes, kind_of_file
 from fakefs.mirror.records import Descriptors, Opened, Plain, Transfer, Used
 from fakefs.mirror.rooms import Rooms
 from fakefs.mirror.streams import Streams, is_stream
@@ -89,8 +90,9 @@ class Transfers:
         """close(2); of what a call has returned and nobody has used."""
         file, name = shadow.files.pop(used.fd, None), used.file.text
         fd = -1 if file is None else file.fd
-        if file is None and kind_of(name) and all(each.path != name for each in shadow.files.values()):
-            fd = self._connections.claim(shadow, kind_of(name))
+        kind = kind_of(name)
+        if file is None and not (kind and any(each.path == name for each in shadow.files.values())):
+            fd = shadow.claim(kind) if kind else shadow.claim_file(name, used.flags, used.fd)
         if fd >= 0:
             await self._processes.call(shadow, (Sys.CLOSE, fd))
 
@@ -117,9 +119,7 @@ class Transfers:
             return
         await self._processes.settle(shadow)
         async with shadow.lock:
-            claimed = [
-                (used, self._connections.claim(shadow, kind_of(used.file.text), record.tid)) for used in record.files
-            ]
+            claimed = [(used, shadow.claim(kind_of(used.file.text), record.tid)) for used in record.files]
             for used, fd in reversed(claimed):  # the guest has often fewer of them open, so numbers become higher
                 if fd >= 0:
                     old = shadow.files.pop(used.fd, None)
@@ -171,6 +171,8 @@ class Transfers:
         flags = used.flags & (os.O_ACCMODE | os.O_APPEND)
         if kind_of(used.file.text):
             fd = await self._connections.open(shadow, used.file.text)
+        elif (waiting := shadow.claim_file(used.file.text, used.flags, used.fd)) >= 0:
+            fd = waiting
         elif is_stream(used.file):
             path = await self._streams.path(used.file)
             fd = await self._open_at(shadow, path, flags | used.flags & os.O_NONBLOCK)
@@ -183,6 +185,10 @@ class Transfers:
     async def _number(self, shadow: Mirrored, used: Used, fd: int) -> OpenFile:
         """Have an open file of the guest stand for one of the host's, under its number if that is free."""
         flags = used.flags & (os.O_ACCMODE | os.O_APPEND)
+        for at, waiting in enumerate(shadow.unclaimed):
+            if waiting.fd == used.fd:
+                [other] = await self._pump.call(shadow.task, [(Sys.DUP, waiting.fd)])
+                shadow.unclaimed[at] = waiting._replace(fd=other)
         if fd != used.fd and self._is_free(shadow, used.fd):
             await self._pump.call(shadow.task, [(Sys.DUP2, fd, used.fd), (Sys.CLOSE, fd)])
             fd = used.fd
@@ -206,7 +212,11 @@ class Transfers:
         words = record.arguments[1:]
         if call.name not in _TO_A_NUMBER:
             [fd] = await self._pump.call(shadow.task, [(record.number, file.fd, *words)])
-            await self._pump.call(shadow.task, [(Sys.CLOSE, fd)])
+            closing: list[Sequence[int]] = [(Sys.CLOSE, fd)]
+            if fd >= 0 and not kind_of(file.path):  # those without a path have no name to be known by
+                closing = shadow.opened(kind_of_file(file.path, file.flags), fd)
+            if fd >= 0 and closing:
+                await self._pump.call(shadow.task, closing)
             return
         new = words[0]
         old = shadow.files.pop(new, None)

@@ -14,7 +14,7 @@ import struct
 import sys
 from contextlib import suppress
 
-_TIMES = 12
+_TIMES = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _memory = ctypes.create_string_buffer(1 << 16)
 

@@ -360,3 +360,29 @@ os.wait()
     done = mirrored(SETUP + f"on sched/sched_process_exec\n{FAKEFS[0]} -c '{program}'" + SHOW, "process")
     executed = [hit for hit in hits(done) if hit.event == "sched_process_exec"]
     assert [(hit.task, hit.fields["filename"]) for hit in executed][1:2] == [("true", "/usr/bin/true")]
+
+
+def test_a_file_is_opened_once(mirrored: Run) -> None:
+    """It has the number that it has on the host, is closed when it is closed there, and one that is missing is not."""
+    done = mirrored(
+        SETUP
+        + """
+        for event in sys_enter_openat sys_exit_openat sys_enter_read sys_enter_close sys_exit_close; do
+            echo 'comm == "cat"' > events/syscalls/$event/filter
+            on syscalls/$event
+        done
+        cd "$OLDPWD"
+        echo text > file
+        cat file > copy
+        cat missing 2> /dev/null
+        """
+        + SHOW,
+        "all",
+    )
+    seen = [hit for hit in hits(done) if hit.task == "cat"]
+    opened = [int(hit.text.split()[-1], 16) for hit in seen if hit.event == "sys_exit_openat"]
+    closed = [int(hit.text.split()[-1], 16) for hit in seen if hit.event == "sys_exit_close"]
+    assert {number for number in opened if number < 1 << 63} == {3}
+    assert len([number for number in opened if number < 1 << 63]) <= len(closed)
+    assert set(closed) == {0}
+    assert "sys_read(fd: 3," in done.stdout
