@@ -18,6 +18,7 @@ from emulator.errors import EmulatorError
 from emulator.guest import Guest
 from fakefs.control import Control
 from fakefs.errors import UserError, first_of
+from fakefs.files import Files
 from fakefs.fuse.options import MountOptions
 from fakefs.fuse.session import serve
 from fakefs.guestfiles import GuestFiles
@@ -84,15 +85,16 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
             await files.remount(service.filesystem, wanted)
         await nursery.start(control.serve)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        served: Files = files
         if service.recording is not None:
-            _mirror(shadows, files, service.recording, nursery)
+            served = _mirror(shadows, files, service.recording, nursery)
 
         def mounted() -> None:
             watched.extend(_fuse_descriptors())
             ready()
 
         await serve(
-            files,
+            served,
             service.mountpoint,
             root=service.root,
             options=service.options,
@@ -103,17 +105,22 @@ async def _main(guest: Guest, service: Service, ready: Callable[[], None]) -> No
         nursery.cancel_scope.cancel()
 
 
-def _mirror(shadows: Shadows, files: GuestFiles, recording: Recording, nursery: trio.Nursery) -> None:
+def _mirror(shadows: Shadows, files: GuestFiles, recording: Recording, nursery: trio.Nursery) -> Files:
+    """Have processes mirrored; return the files with those that these are given."""
     import resource
 
     from fakefs.mirror.mirror import Mirror
+    from fakefs.perf.events import Events
+    from fakefs.perf.files import EventFiles
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a pidfd for each process
-    mirror = Mirror(shadows, files.host_files, recording, nursery)
+    events = Events(shadows, nursery)
+    mirror = Mirror(shadows, files.host_files, events, recording, nursery)
     shadows.watching = mirror
     nursery.start_soon(mirror.receive)
     nursery.start_soon(mirror.run)
+    return EventFiles(files, events)
 
 
 def make_files(guest: Guest, service: Service, shadows: Shadows, nursery: trio.Nursery) -> GuestFiles:

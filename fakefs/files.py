@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,23 @@ class OpenFile(Protocol):
 
     flags: int
     seekable: bool
+
+
+class Pages(Protocol):
+    """The pages of a file that programs may have mapped."""
+
+    async def store(self, pieces: Sequence[tuple[int, bytes]]) -> None:
+        """Put bytes at offsets, one after the other; none cross a page. A program that looks sees each at once."""
+
+    async def fetch(self, offset: int, size: int) -> bytes:
+        """Return what a program has put there; less when nothing is mapped."""
+
+
+class Mapped:
+    """An open file that programs may map. The host keeps its pages: all are read to the end of the request."""
+
+    pages: Pages | None = None
+    """Set when it is opened."""
 
 
 class Files(Protocol):

@@ -29,23 +29,24 @@ class _Watch:
 
 
 class Polling:
-    """poll(2) of one open file."""
+    """poll(2) of one open file. The guest tells of `once` but once: a histogram tells so of each change."""
 
-    __slots__ = ("_handle", "_nursery", "_shadows", "_urgent", "_watch")
+    __slots__ = ("_handle", "_nursery", "_once", "_shadows", "_told", "_watch")
 
-    def __init__(self, shadows: Shadows, nursery: trio.Nursery, handle: Handle) -> None:
+    def __init__(self, shadows: Shadows, nursery: trio.Nursery, handle: Handle, *, once: int = select.POLLPRI) -> None:
         self._shadows = shadows
         self._nursery = nursery
         self._handle = handle
         self._watch: _Watch | None = None
-        self._urgent = 0  # POLLPRI, when a watch was told of it: a histogram tells of each change once
+        self._once = once
+        self._told = 0  # what a watch was told of that is told once
 
     async def ready(self, caller: Caller, events: int, notify: Callable[[], None] | None) -> int:
         """Return what is ready now; otherwise `notify` is called once when something becomes so. Raises OSError."""
         shadow = await self._shadows.of(caller)
         async with shadow.lock:
-            ready = await self._poll(shadow, events, 0) | self._urgent & events
-            self._urgent &= ~events
+            ready = await self._poll(shadow, events, 0) | self._told & events
+            self._told &= ~events
         if not ready and notify is not None:
             before = self._watch
             if before is not None and events & ~before.events == 0:
@@ -84,7 +85,7 @@ class Polling:
             async with shadow.lock:
                 while self._watch is watch:
                     if ready := await self._poll(shadow, watch.events, -1):
-                        self._urgent |= ready & select.POLLPRI
+                        self._told |= ready & self._once
                         watch.notify()
                         break
             if self._watch is watch:

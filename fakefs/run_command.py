@@ -305,7 +305,7 @@ def _in_view(errand: Errand, view: View, *, new_pids: bool) -> int:
 
     child = namespace.fork_into(namespace.NEW_USER | namespace.NEW_MOUNTS, program)
     if launch is not None:
-        launch.supervise(child, TRACING)
+        launch.supervise(child, TRACING, view.tracefs)
     status = _wait(child, ended)
     if gone or mountpoint.is_stale(view.tracefs):
         raise UserError("the guest's daemon was killed while the program ran")

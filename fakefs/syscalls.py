@@ -24,6 +24,7 @@ class Sys(IntEnum):
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
     IOCTL = 16
+    PREAD64 = 17
     DUP = 32
     DUP2 = 33
     NANOSLEEP = 35
@@ -66,6 +67,8 @@ class Sys(IntEnum):
     FCHMODAT = 268
     PIPE2 = 293
     RT_TGSIGQUEUEINFO = 297
+    PERF_EVENT_OPEN = 298
+    PRLIMIT64 = 302
     RENAMEAT2 = 316
     FINIT_MODULE = 313
     MEMFD_CREATE = 319

@@ -119,7 +119,7 @@ _VARIES = (
     (r"\[ *\d+\.\d+\]", "[TIME]"),
     (r"\+0x[0-9a-f]+(/0x[0-9a-f]+)?", "+OFFSET"),
     (r"\b(0x)?(?:[0-9a-f]{16}|(?<=0x)[0-9a-f]{9,15})\b", r"\1ADDRESS"),
-    (r"\b(pid|ns|max)(=|: ?)\d+", r"\1\2N"),
+    (r"\b(\w*pid|ns|max)(=|: ?)\d+", r"\1\2N"),
     (r"([+!#*@$] )?\b\d+\.\d+ us\b", "DURATION"),
 )
 """What differs from run to run, or with the next update of the kernel."""

@@ -16,9 +16,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from fakefs.files import Files, OpenFile, Stat
+from fakefs.files import Files, Mapped, OpenFile, Stat
 from fakefs.fuse.answers import answer_errno, answering, complain
 from fakefs.fuse.inodes import NAME_MAX, PATH_MAX, Inodes, error
+from fakefs.fuse.pages import HostPages
 from fakefs.fuse.request import caller, current
 from fakefs.pump import Turn
 
@@ -298,6 +299,8 @@ class GuestOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         path = self._inodes.path(inode)
         file = await self._files.open(caller(ctx.pid, ctx.uid, ctx.gid), path, flags)
+        if isinstance(file, Mapped):
+            file.pages = HostPages(inode)
         opened = self._opened(file)
         if path.endswith(SPLICED):
             self._after_page[opened.fh] = 0
@@ -320,8 +323,9 @@ class GuestOperations(pyfuse3.Operations):
     def _opened(self, file: OpenFile) -> FileInfo:
         handle = self._handle()
         self._open_files[handle] = file
-        # st_size is 0 on a tracefs: only direct I/O reads past it.
-        return FileInfo(fh=handle, direct_io=True, keep_cache=False, nonseekable=not file.seekable)
+        # st_size is 0 on a tracefs: only direct I/O reads past it. It also means that a file cannot be mapped.
+        kept = isinstance(file, Mapped)
+        return FileInfo(fh=handle, direct_io=not kept, keep_cache=kept, nonseekable=not file.seekable)
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:

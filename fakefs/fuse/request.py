@@ -33,12 +33,12 @@ def _load() -> ctypes.PyDLL:
         raise UserError(f"cannot load libfuse3: {error}; install the package libfuse3-3") from None
 
 
-_shim = _load()
+shim = _load()
 
 # struct request_note of shim.c: req, tid, uid, gid, flags, poll_events.
 _NOTE = struct.Struct("=QiIIiI")
-_note = memoryview((ctypes.c_char * _NOTE.size).in_dll(_shim, "shim_request")).cast("B")
-_sessions = ctypes.c_int.in_dll(_shim, "shim_sessions")
+_note = memoryview((ctypes.c_char * _NOTE.size).in_dll(shim, "shim_request")).cast("B")
+_sessions = ctypes.c_int.in_dll(shim, "shim_sessions")
 
 _tokens = itertools.count(1)
 _callbacks: dict[int, Callable[[], None]] = {}
@@ -59,7 +59,7 @@ def _interrupted(_req: int | None, token: int | None) -> None:
 
 
 _INTERRUPTED = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(_interrupted)
-_on_interrupt = _shim.fuse_req_interrupt_func
+_on_interrupt = shim.fuse_req_interrupt_func
 _on_interrupt.restype = None
 _on_interrupt.argtypes = [ctypes.c_uint64, type(_INTERRUPTED), ctypes.c_void_p]
 

@@ -36,6 +36,10 @@ struct request_note {
 struct request_note shim_request;
 int shim_sessions; /* 0: the wrappers are not in use, the dynamic linker found libfuse's functions first */
 
+/* What programs have put into pages of a file that they have mapped: asked for, and told to pages.py. */
+void (*shim_retrieved)(void *cookie, const void *data, size_t size);
+enum { RETRIEVE_MAX = 4096 };
+
 static struct fuse_lowlevel_ops theirs;
 static struct fuse_session *session;
 
@@ -66,6 +70,27 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ;
 	/* A splice that waits for data waits in its own request, which a signal can interrupt. */
 	conn->want &= ~(unsigned)FUSE_CAP_ASYNC_READ;
+}
+
+/* Returns 0, or a negative error number. `size` bytes that do not cross a page. */
+int shim_retrieve(uint64_t ino, uint64_t offset, size_t size, void *cookie)
+{
+	if (size > RETRIEVE_MAX)
+		return -EINVAL;
+	return fuse_lowlevel_notify_retrieve(session, ino, size, (off_t)offset, cookie);
+}
+
+static void on_retrieve_reply(fuse_req_t req, void *cookie, fuse_ino_t ino, off_t offset, struct fuse_bufvec *bufv)
+{
+	char data[RETRIEVE_MAX];
+	struct fuse_bufvec to = FUSE_BUFVEC_INIT(sizeof(data));
+
+	(void)ino, (void)offset;
+	to.buf[0].mem = data;
+	ssize_t got = fuse_buf_copy(&to, bufv, 0);
+	fuse_reply_none(req);
+	if (shim_retrieved)
+		shim_retrieved(cookie, data, got < 0 ? 0 : (size_t)got);
 }
 
 #define UNPACK(...) __VA_ARGS__
@@ -112,6 +137,7 @@ static struct fuse_lowlevel_ops wrap(const struct fuse_lowlevel_ops *op, size_t 
 	USE(init), USE(lookup), USE(getattr), USE(setattr), USE(readlink), USE(mknod), USE(mkdir), USE(unlink);
 	USE(rmdir), USE(symlink), USE(rename), USE(link), USE(open), USE(create), USE(read), USE(write);
 	USE(write_buf), USE(fsync), USE(release), USE(poll), USE(opendir), USE(readdirplus);
+	ours.retrieve_reply = on_retrieve_reply;
 	shim_sessions++;
 	return ours;
 }

@@ -67,6 +67,7 @@ class Call(NamedTuple):
 _OF_OPEN_FILES = frozenset("Ope")
 _ARCH_SET_FS = 0x1002
 _PR_SET_NAME = 15
+_MAP_SHARED = 1
 F_DUPLICATES = (0, 1030)
 """Commands of fcntl(2): F_DUPFD, F_DUPFD_CLOEXEC."""
 _F_OF_NUMBERS = (1, 2, 3, 4, 1031, 1032)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
@@ -113,7 +114,10 @@ TABLE = (
     Call(297, "rt_tgsigqueueinfo", _P),
     Call(424, "pidfd_send_signal", _P),
     Call(RT_SIGRETURN, "rt_sigreturn", _P),  # a handler has been run
-    Call(298, "perf_event_open", _P),  # refused where it would be about another tracepoint than is meant
+    # events of perf, which are the guest's: what is done with their descriptors
+    Call(298, "perf_event_open", _P),
+    Call(16, "ioctl", _P, only=(Rule(16, 1, mask=0xFF00, value=ord("$") << 8),)),
+    Call(9, "mmap", _P, only=(Rule(9, 3, mask=_MAP_SHARED),)),
     # files by their names
     Call(2, "open", _F, "Pii"),
     Call(257, "openat", _F, "DPii"),

@@ -7,6 +7,7 @@ answered by the first process: the program goes on, unmirrored.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -83,8 +84,11 @@ class Launch:
 
     # ---- the first process
 
-    def supervise(self, child: int, tracing: Path) -> None:
-        """Fork the recorder for a program that is being started; nothing happens if it cannot be."""
+    def supervise(self, child: int, tracing: Path, tracefs: Path) -> None:
+        """Fork the recorder for a program that is being started; nothing happens if it cannot be.
+
+        The program sees the guest's tracefs at `tracing`; this process, and the recorder, has it at `tracefs`.
+        """
         self._keep(self._first, self._recorder, *self._notes)
         _, descriptors, _, _ = socket.recv_fds(self._first, 1, 1)
         if not descriptors:
@@ -95,24 +99,24 @@ class Launch:
             try:
                 namespace.die_with_parent()
                 os.setpgid(0, 0)  # away from the terminal's signals
-                self._record(self._listener, child, tracing)
+                self._record(self._listener, child, tracing, tracefs)
             finally:
                 os._exit(1)
         self._keep(self._first, self._notes[1])
 
-    def _record(self, listener: Listener, child: int, tracing: Path) -> None:
+    def _record(self, listener: Listener, child: int, tracing: Path, tracefs: Path) -> None:
         from fakefs.mirror.hostpaths import HostPaths
         from fakefs.mirror.recorder import Recorder
         from fakefs.mirror.uprobes import Uprobes
 
         root = os.open(f"/proc/{child}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        guest_device = os.stat(tracing).st_dev
+        guest_device = os.stat(tracefs).st_dev
         mounts = mountpoint.parse_mountinfo(Path(f"/proc/{child}/mountinfo").read_bytes())
         shown = [os.fsdecode(mount.directory) for mount in mounts if mount.fstype == mountpoint.FSTYPE]
         paths, uprobes = HostPaths(root, guest_device, [str(tracing.parent), *shown]), Uprobes(guest_device)
         self._progress.begin()
         notes = Notes(self._library, listener, self._notes, self._progress, self._level)
-        Recorder(notes, self._recorder, self._progress, paths, uprobes, os.getppid(), self._level).run()
+        Recorder(notes, self._recorder, self._progress, paths, uprobes, tracefs, os.getppid(), self._level).run()
 
     def ended(self, pid: int) -> bool:
         """A child of the first process has ended: if it is the recorder, step in."""
@@ -125,6 +129,8 @@ class Launch:
         """Answer the calls the recorder left, and all others."""
         for identity in self._progress.unanswered:
             listener.proceed(identity)
+        for identity in self._progress.held:
+            listener.refuse(identity, errno.EIO)
         with suppress(BlockingIOError, EOFError):
             while True:
                 _let_go_on(listener, next_note(self._notes[1]).call)
@@ -138,4 +144,7 @@ class Launch:
 def _let_go_on(listener: Listener, call: Notification) -> None:
     if call.number == sigframe.RT_SIGRETURN:
         sigframe.leave(call.tid, partial(listener.is_valid, call.id))
-    listener.proceed(call.id)
+    if call.number == calls.NUMBER["perf_event_open"]:  # by the guest's numbers it would be about other tracepoints
+        listener.refuse(call.id, errno.EIO)
+    else:
+        listener.proceed(call.id)

@@ -7,7 +7,9 @@ fails in the guest is nobody's business on the host.
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Awaitable
 
 import trio
 
@@ -28,6 +30,10 @@ from fakefs.mirror.records import (
     Birth,
     Credentials,
     Descriptors,
+    EventAnswer,
+    EventControl,
+    EventMap,
+    EventOpen,
     Exit,
     Files,
     Handled,
@@ -50,6 +56,7 @@ from fakefs.mirror.records import (
     packet,
 )
 from fakefs.mirror.transfers import Transfers
+from fakefs.perf.events import Events
 from fakefs.prepare import noted
 from fakefs.shadow import Shadow, Shadows
 from fakefs.syscalls import Sys
@@ -61,7 +68,9 @@ _QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder 
 class Mirror:
     """Implements `fakefs.shadow.Watching`."""
 
-    def __init__(self, shadows: Shadows, host_files: HostFiles, recording: Recording, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, shadows: Shadows, host_files: HostFiles, events: Events, recording: Recording, nursery: trio.Nursery
+    ) -> None:
         self._socket, self._progress, level = recording
         self._socket.setblocking(False)
         self._nursery = nursery
@@ -74,6 +83,7 @@ class Mirror:
         self._transfers = Transfers(shadows, self._processes, paths)
         self._queue = Queue(in_order=shadows.pump.deterministic)
         self._sites = ProbeSites(shadows, host_files, self._tell)
+        self._events = events
         self._hits = Hits(shadows, self._processes, self._sites)
         self._taken = self._done = 0  # records, since the beginning
         self._heard = 0  # calls that were taken in or came to nothing: `Progress.done` when there was nothing more
@@ -106,7 +116,7 @@ class Mirror:
                             self._sites.placed(number)
                         case Mark():
                             pass  # has come behind the records that were waited for
-                        case Site() | Sites():
+                        case Site() | Sites() | EventAnswer():
                             pass  # are for the recorder
                         case _:
                             self._put(message)
@@ -212,6 +222,12 @@ class Mirror:
                 await self._delivery.handled(record)
             case Signal():
                 await self._delivery.send(record)
+            case EventOpen():
+                await self._answer(record, self._events.open(record))
+            case EventControl():
+                await self._answer(record, self._events.control(record))
+            case EventMap():
+                await self._answer(record, self._events.map(record))
             case Died(shadow, status):
                 await self._delivery.end(shadow, status)
 
@@ -227,7 +243,18 @@ class Mirror:
         """Return when the programs of the host will hit the uprobes that there are now."""
         await self._sites.changed(tid)
 
-    async def _tell(self, message: Mark | Site | Sites) -> None:
+    async def _answer(self, record: EventOpen | EventControl | EventMap, made: Awaitable[EventAnswer]) -> None:
+        """Have a call end that waits for what it comes to, whatever becomes of that."""
+        answer = EventAnswer(record.call, errno.EIO)
+        try:
+            answer = await made
+        except OSError as error:
+            answer = EventAnswer(record.call, error.errno or errno.EIO)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._tell(answer)
+
+    async def _tell(self, message: Mark | Site | Sites | EventAnswer) -> None:
         data = packet([encode(message)])
         async with self._telling:
             while len(data) <= PACKET_MAX:

@@ -11,6 +11,7 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Collection
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ _PACKET_MAX = 4096
 _LOOKS_MAX = 32
 _AT_HAND = frozenset("PLDibsn")
 """Arguments of which no more than a path has to be read before a call goes on: letters of `Call`."""
-_IN_HANDS, _RECEIVED, _NOTED, _DONE, _RECORDER = range(5)  # words of shared memory
+_IN_HANDS, _RECEIVED, _NOTED, _DONE, _RECORDER, _HELD = range(6)  # words of shared memory
+HELD_MAX = mmap.PAGESIZE // 8 - _HELD - 1
+"""Calls that can be held at a time."""
 
 
 class State(IntEnum):
@@ -75,6 +78,17 @@ class Progress:
     def unanswered(self) -> tuple[int, int]:
         """Ids of notifications that are being handled, 0 for none; others lie in the socket."""
         return self._words[_IN_HANDS], self._words[_RECEIVED]
+
+    @property
+    def held(self) -> list[int]:
+        """Ids of notifications that wait for the guest."""
+        words = self._words[_HELD:].tolist()
+        return words[: words.index(0)]
+
+    def hold(self, identities: Collection[int]) -> None:
+        """These are held now, at most HELD_MAX."""
+        for at, identity in enumerate((*identities, 0), _HELD):
+            self._words[at] = identity
 
     def begin(self) -> None:
         """This process is the recorder."""

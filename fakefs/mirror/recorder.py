@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-from fakefs.mirror import credentials, openfiles, refused, sigframe, trampoline
+from fakefs.mirror import credentials, openfiles, sigframe, trampoline
 from fakefs.mirror.arguments import AT_FDCWD, Arguments, NoPath, argv_at, room, signed, string_at
 from fakefs.mirror.births import Image, read_birth, read_image
 from fakefs.mirror.calls import NUMBER, Call, Level, find
@@ -30,6 +31,7 @@ from fakefs.mirror.records import (
     PACKET_MAX,
     Birth,
     Descriptors,
+    EventAnswer,
     Exit,
     Files,
     Mark,
@@ -49,6 +51,7 @@ from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.sigframe import Frame
 from fakefs.mirror.signals import Signals, asked, pid_behind
 from fakefs.mirror.uprobes import Uprobes
+from fakefs.perf.requests import EventCalls, Held, Refused
 
 _AT_EMPTY_PATH = 0x1000
 _TIMER_ABSTIME = 1
@@ -77,7 +80,7 @@ class _Execve(NamedTuple):
 class Recorder:
     """Takes `notes`, and sends records through `daemon`, a socket of packets.
 
-    `outside` is the process that is the parent of the first one that is mirrored.
+    `tracefs` is a directory of our mount, `outside` the process that is the parent of the first one that is mirrored.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Recorder:
         progress: Progress,
         paths: HostPaths,
         uprobes: Uprobes,
+        tracefs: Path,
         outside: int,
         level: Level,
     ) -> None:
@@ -109,6 +113,7 @@ class Recorder:
         self._marks: list[Mark] = []
         self._threads: dict[int, Thread] = {}
         self._programs: dict[int, _Execve] = {}  # what a thread has asked execve(2) for
+        self._events = EventCalls(self._listener, tracefs, self._unseen, progress.hold)
         self._special: dict[str, Callable[[Notification, Call], Iterable[Record]]] = {
             "set_robust_list": lambda notification, call: (),
             "execve": self._execve,
@@ -132,7 +137,9 @@ class Recorder:
             "rt_sigqueueinfo": self._signal,
             "rt_tgsigqueueinfo": self._signal,
             "pidfd_send_signal": self._signal,
-            "perf_event_open": refused.perf_event_open,
+            "perf_event_open": lambda notification, _: self._events.opened(notification),
+            "ioctl": lambda notification, _: self._events.controlled(notification),
+            "mmap": lambda notification, _: self._events.mapped(notification),
         }
 
     def run(self) -> None:
@@ -144,6 +151,7 @@ class Recorder:
             events = dict(ready.poll())
             if events.get(self._told, 0) and not self._take():
                 ready.unregister(self._told)
+                self._events.abandon()
             if events.get(self._notes.fileno(), 0):
                 try:
                     for _ in range(_AT_ONCE):
@@ -159,7 +167,7 @@ class Recorder:
         call = note.call
         if note.state is State.WAITS:
             self._progress.take(call.id)
-            refusal = 0
+            refusal: int | None = 0
             try:
                 frame = self._leave(call)
                 if self._daemon is not None and call.tid > 0:
@@ -168,7 +176,7 @@ class Recorder:
             finally:
                 if refusal:
                     self._listener.refuse(call.id, refusal)
-                else:
+                elif refusal == 0:
                     self._listener.proceed(call.id)
                 self._progress.take(0)
         elif note.state is State.GOES_ON and self._daemon is not None:
@@ -186,6 +194,8 @@ class Recorder:
         for message in decode(received):
             if isinstance(message, Mark):
                 self._marks.append(message)
+            elif isinstance(message, EventAnswer):
+                self._events.answer(message)
             elif (placed := self._uprobes.take(message)) is not None:
                 self._notes.hold(held=self._uprobes.wanted)
                 self._tell(placed)
@@ -196,23 +206,27 @@ class Recorder:
             return None
         return sigframe.leave(notification.tid, partial(self._listener.is_valid, notification.id))
 
-    def _note(self, note: Note, frame: Frame | None = None) -> int:
+    def _note(self, note: Note, frame: Frame | None = None) -> int | None:
         """Send the records of a call, unless what they say can be anything: its thread has been killed meanwhile.
 
-        Return the error number of a call that is to be refused, else 0.
+        Return the error number of a call that is to be refused, None for one that is held, else 0.
         """
         records: list[Record] = []
-        refusal = 0
+        refusal: int | None = 0
         try:
             for record in self._records(note, frame):
                 records.append(record)  # those before an error are wanted
-        except refused.Refused as error:
+        except Refused as error:
             refusal = error.number
+        except Held:
+            refusal = None
         except (OSError, NotMirrored, ValueError, struct.error):
             pass  # gone, not for the guest, or nonsense
         except Exception as error:  # a fault of ours must not end the record of all that follows
             sys.stderr.write(f"fakefs: a call was not recorded: {error!r}; please report this\n")
         if note.state is State.GOES_ON or self._listener.is_valid(note.call.id):
+            if refusal is None:
+                self._events.hold(note.call)
             for record in records:
                 self._record(record)
         return refusal

@@ -261,6 +261,55 @@ class Sites(NamedTuple):
     tid: int
 
 
+class EventOpen(NamedTuple):
+    """perf_event_open(2) of an event of the guest's.
+
+    `call` is for its answer to name it. `attr` is a struct perf_event_attr in base64; `pid` is not 0; `group` is the
+    number of another event, or -1.
+    """
+
+    tid: int
+    call: int
+    attr: str
+    pid: int
+    cpu: int
+    group: int
+    flags: int
+
+
+class EventControl(NamedTuple):
+    """ioctl(2) of an event. For an address it has as `argument` or `text` what is there; for a descriptor its event."""
+
+    tid: int
+    call: int
+    event: int
+    request: int
+    argument: int
+    text: str = ""
+
+
+class EventMap(NamedTuple):
+    """mmap(2) of an event: a ring buffer of `length` bytes, with `protection` as mmap(2) has it."""
+
+    tid: int
+    call: int
+    event: int
+    length: int
+    protection: int
+
+
+class EventAnswer(NamedTuple):
+    """From the daemon: what becomes of such a call.
+
+    `error` is an errno or 0, `value` what an ioctl(2) finds; `name` is that of the file to open for a new event.
+    """
+
+    call: int
+    error: int
+    value: int = 0
+    name: str = ""
+
+
 Record = (
     Birth
     | Program
@@ -277,8 +326,11 @@ Record = (
     | Transfer
     | Opened
     | Hit
+    | EventOpen
+    | EventControl
+    | EventMap
 )
-Message = Record | Placed | Mark | Site | Sites
+Message = Record | Placed | Mark | Site | Sites | EventAnswer
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 

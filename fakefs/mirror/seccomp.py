@@ -17,8 +17,8 @@ _AUDIT_ARCH_X86_64 = 0xC000003E
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
 # struct seccomp_data
 _DATA_NUMBER, _DATA_ARCH, _DATA_ARGUMENTS = 0, 4, 16
-# BPF: load a word, jump, jump if equal, jump if any bit is set, return
-_LOAD, _JUMP, _JUMP_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x05, 0x15, 0x45, 0x06
+# BPF: load a word, and it, jump, jump if equal, jump if any bit is set, return
+_LOAD, _AND, _JUMP, _JUMP_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x54, 0x05, 0x15, 0x45, 0x06
 _INSTRUCTION = struct.Struct("<HBBI")
 _FAR = 255  # a jump goes over this many instructions at the most
 
@@ -29,6 +29,7 @@ _FLAG_SETS = (_NEW_LISTENER | _WAIT_KILLABLE_RECV, _NEW_LISTENER)  # the second 
 _PR_SET_NO_NEW_PRIVS = 38
 
 _NOTIF_RECV, _NOTIF_SEND, _NOTIF_ID_VALID, _NOTIF_SET_FLAGS = 0xC0502100, 0xC0182101, 0x40082102, 0x40082104
+_NOTIF_ADDFD, _ADDFD, _ADDFD_SEND = 0x40182103, struct.Struct("<QIIII"), 2
 _FD_SYNC_WAKE_UP = 1
 _FLAG_CONTINUE = 1
 _NOTIFICATION = struct.Struct("<QIIiIQ6Q")
@@ -44,7 +45,7 @@ _STRING = 256
 class Rule(NamedTuple):
     """Notify a system call; with `argument`, only if that has a bit of `mask`, or (no mask) is `value`.
 
-    Of an argument the lower 32 bits are looked at.
+    With both, only if the bits of `mask` are those of `value`. Of an argument the lower 32 bits are looked at.
     """
 
     number: int
@@ -57,6 +58,8 @@ class Rule(NamedTuple):
         if self.argument is None:
             return True
         word = arguments[self.argument] & 0xFFFFFFFF
+        if self.mask and self.value:
+            return word & self.mask == self.value
         return bool(word & self.mask) if self.mask else word == self.value
 
 
@@ -91,11 +94,12 @@ def program(rules: Iterable[Rule]) -> bytes:
     for number, group in conditional.items():
         tests: list[tuple[int, int, int, int]] = []
         for rule in group:
-            tests += [
-                (_LOAD, 0, 0, _DATA_ARGUMENTS + 8 * (rule.argument or 0)),
-                (_JUMP_SET if rule.mask else _JUMP_EQUAL, 0, 1, rule.mask or rule.value),
-                (_RETURN, 0, 0, _RET_USER_NOTIF),
-            ]
+            tests.append((_LOAD, 0, 0, _DATA_ARGUMENTS + 8 * (rule.argument or 0)))
+            if rule.mask and rule.value:
+                tests.append((_AND, 0, 0, rule.mask))
+            any_of = rule.mask and not rule.value
+            tests.append((_JUMP_SET if any_of else _JUMP_EQUAL, 0, 1, rule.mask if any_of else rule.value))
+            tests.append((_RETURN, 0, 0, _RET_USER_NOTIF))
         if len(tests) >= _FAR:
             raise ValueError(f"more than {_FAR // 3} rules for a call")
         code += [(_JUMP_EQUAL, 0, len(tests) + 1, number), *tests, (_RETURN, 0, 0, _RET_ALLOW)]
@@ -159,6 +163,21 @@ class Listener:
         """Have a call fail with an error number instead of being made; False when its thread is gone."""
         _RESPONSE.pack_into(self._response, 0, identity, 0, -error, 0)
         return bool(self._ioctl(self.fd, ctypes.c_ulong(_NOTIF_SEND), self._response) == 0)
+
+    def complete(self, identity: int, result: int) -> bool:
+        """Have a call return `result` instead of being made; False when its thread is gone."""
+        _RESPONSE.pack_into(self._response, 0, identity, result, 0, 0)
+        return bool(self._ioctl(self.fd, ctypes.c_ulong(_NOTIF_SEND), self._response) == 0)
+
+    def give(self, identity: int, fd: int, flags: int) -> None:
+        """Have a call return a descriptor of its process for our `fd`; `flags` may have O_CLOEXEC. Linux 5.14.
+
+        Raises OSError: the call still waits then, unless its thread is gone (ENOENT).
+        """
+        packed = ctypes.create_string_buffer(_ADDFD.pack(identity, _ADDFD_SEND, fd, 0, flags), _ADDFD.size)
+        if self._ioctl(self.fd, ctypes.c_ulong(_NOTIF_ADDFD), packed) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def is_valid(self, identity: int) -> bool:
         """Is the call still waiting, so that its thread's id is not another's by now?"""

@@ -1,6 +1,6 @@
 #!/bin/bash
-# perf-tools (Debian's perf-tools-unstable) in the view of `fakefs run`: what needs nothing but files of a tracefs.
-# What does not work here does not on a real kernel of these versions either (or is perf_event_open(2)): docs/run.md.
+# perf-tools (Debian's perf-tools-unstable) in the view of `fakefs run`, syscount and perf-stat-hist by means of perf.
+# What does not work here does not on a real kernel of these versions either: docs/run.md.
 # shellcheck disable=SC2154 # set in lib.sh
 set -euo pipefail
 # shellcheck disable=SC1091 # it is checked by itself
@@ -17,6 +17,16 @@ snoop "tpoint: what a shell executes" 'sched_process_exec: filename=/usr/bin/hea
 	tpoint-perf sched:sched_process_exec
 snoop "uprobe: what a shell echoes" 'bash-[0-9]+ .* echo_builtin: \(0x[0-9a-f]+\) arg1="words"' \
 	"bash -c 'echo words' >/dev/null" uprobe-perf "'p:bash:echo_builtin +0(+0(+8(%di))):string'"
+expect "syscount -c of a command" '^openat +[1-9][0-9]*$' syscount-perf -c head -c 1 /etc/passwd
+expect "syscount -c for a time" '^openat +[1-9][0-9]*$' syscount-perf -c -d 1
+cd "$(mktemp -d)"
+# shellcheck disable=SC2016 # for the inner shell
+counted=(sh -c '"$@" >out; cat out' sh) # through a pipe perf would write its own data
+expect "syscount of a command" '^head +[1-9][0-9]*$' "${counted[@]}" syscount-perf head -c 1 /etc/passwd
+expect "syscount by process" '^[0-9]+ +head +[1-9][0-9]*$' "${counted[@]}" syscount-perf -v head -c 1 /etc/passwd
+expect "syscount by process and name" 'head +openat: +[1-9]' "${counted[@]}" syscount-perf -cv head -c 1 /etc/passwd
+expect "syscount, until Ctrl-C" '^bash +[1-9]' "${counted[@]}" timeout -s INT 5 syscount-perf
+expect "perf-stat-hist" '^ +[0-9]+ -> [0-9]+ +: [1-9]' perf-stat-hist-perf syscalls:sys_enter_openat dfd 1
 activity
 hit='cat-[0-9]+ +\[000\].*myopen: \(vfs_open\+0x[0-9a-f]+/0x[0-9a-f]+\)'
 expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_open'

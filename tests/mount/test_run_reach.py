@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,24 @@ from fakefs import namespace
 from fakefs.errors import UserError
 from fakefs.view import View, check_inherited
 from tests.mount.conftest import Run
+from tests.mount.perf_client import client
 from tests.mounted import FAKEFS
 
 pytestmark = pytest.mark.usefixtures("host_unchanged")
 
 
-def test_the_hosts_tracepoints_are_out_of_reach(run: Run) -> None:
-    """A tracepoint's number in the guest is that of another one on the host, which perf would count."""
-    done = run(f"""{sys.executable} -I -c '
-import ctypes, errno, os, struct
-with open("/sys/kernel/tracing/events/sched/sched_switch/id") as file:
-    number = int(file.read())
-attributes = ctypes.create_string_buffer(struct.pack("<IIQ24xQ", 2, 64, number, 1 << 5 | 1 << 6), 64)
-print(ctypes.CDLL(None, use_errno=True).syscall(298, attributes, 0, -1, -1, 0), errno.errorcode[ctypes.get_errno()])
-'""")
-    assert (done.stderr, done.stdout) == ("", "-1 ENOENT\n")
+def test_the_hosts_tracepoints_are_out_of_reach(mirrored: Run) -> None:
+    """A tracepoint's number in the guest is that of another one on the host: not even when nobody asks the guest."""
+    done = mirrored(
+        """
+        for pid in $(ls /proc | grep '^[0-9]*$'); do
+            [ "$(cut -d' ' -f4 /proc/$pid/stat 2>/dev/null)" = 1 ] && [ $pid != $$ ] && recorder=$pid
+        done
+        kill -9 $recorder
+        """
+        + client('print(error_of(opened, "sched/sched_switch"))')
+    )
+    assert done.stdout == "EIO\n"
 
 
 def test_the_hosts_tracefs_is_out_of_reach(run: Run) -> None:

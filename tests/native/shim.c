@@ -60,6 +60,60 @@ static void *fake_dlvsym(void *handle, const char *name, const char *version)
 	return (void *)next_new;
 }
 
+/* ---- what programs have put into pages */
+
+static size_t asked, told;
+static char found[RETRIEVE_MAX];
+
+int fuse_lowlevel_notify_retrieve(struct fuse_session *se, fuse_ino_t ino, size_t size, off_t offset, void *cookie)
+{
+	CHECK(se == (struct fuse_session *)&given && ino == 12 && offset == 1032 && cookie == &asked);
+	asked = size;
+	return 0;
+}
+
+ssize_t fuse_buf_copy(struct fuse_bufvec *to, struct fuse_bufvec *from, enum fuse_buf_copy_flags flags)
+{
+	size_t size = from->buf[0].size < to->buf[0].size ? from->buf[0].size : to->buf[0].size;
+
+	CHECK(!flags);
+	memcpy(to->buf[0].mem, from->buf[0].mem, size);
+	return from->buf[0].mem ? (ssize_t)size : -EIO;
+}
+
+void fuse_reply_none(fuse_req_t req)
+{
+	CHECK(req == request);
+	calls++;
+}
+
+static void retrieved(void *cookie, const void *data, size_t size)
+{
+	CHECK(cookie == &asked);
+	memcpy(found, data, size);
+	told = size;
+}
+
+static void check_retrieving(void)
+{
+	static char page[RETRIEVE_MAX + 8] = "tail";
+	static const size_t sizes[][2] = { { 8, 8 }, { 0, 0 }, { RETRIEVE_MAX, RETRIEVE_MAX }, { sizeof(page), RETRIEVE_MAX } };
+	struct fuse_bufvec buffer = FUSE_BUFVEC_INIT(0);
+
+	CHECK(shim_retrieve(12, 1032, 8, &asked) == 0 && asked == 8);
+	CHECK(shim_retrieve(12, 1032, RETRIEVE_MAX + 1, &asked) == -EINVAL && asked == 8);
+	buffer.buf[0].mem = page;
+	calls = 0;
+	given.retrieve_reply(request, &asked, 12, 1032, &buffer); /* nobody wants to know */
+	shim_retrieved = retrieved;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++) {
+		buffer.buf[0].size = sizes[i][0];
+		given.retrieve_reply(request, &asked, 12, 1032, &buffer);
+		CHECK(told == sizes[i][1] && !memcmp(found, page, told));
+	}
+	CHECK(calls == 5);
+}
+
 /* ---- pyfuse3's handlers */
 
 static void check_note(fuse_req_t req, const struct fuse_file_info *file)
@@ -123,6 +177,8 @@ int main(void)
 	given.poll(request, 11, &file, NULL);
 	CHECK(calls == 5);
 
+	check_retrieving();
+
 	/* Of an older library, or of a newer one with more handlers than we know. */
 	session_with(offsetof(struct fuse_lowlevel_ops, read));
 	CHECK(given.lookup && !given.read && !given.poll);
@@ -137,6 +193,6 @@ int main(void)
 		received = results[i][0];
 		CHECK(fuse_session_receive_buf((struct fuse_session *)&given, &buffer) == results[i][1]);
 	}
-	puts("the shim: handlers, notes, sizes of the table, results of receiving");
+	puts("the shim: handlers, notes, pages, sizes of the table, results of receiving");
 	return 0;
 }

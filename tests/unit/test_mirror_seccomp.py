@@ -40,6 +40,8 @@ def run(code: bytes, number: int, arch: int = _X86_64, arguments: Iterable[int] 
                 at += true if accumulator == k else false
             case 0x45:
                 at += true if accumulator & k else false
+            case 0x54:
+                accumulator &= k
             case 0x06:
                 return int(k)
             case other:
@@ -50,7 +52,8 @@ _NUMBERS = st.integers(0, 600)
 _RULES = st.lists(
     st.builds(Rule, _NUMBERS, st.none(), st.just(0), st.just(0))
     | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.integers(1, 0xFFFFFFFF), st.just(0))
-    | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.just(0), st.integers(0, 0xFFFFFFFF)),
+    | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.just(0), st.integers(0, 0xFFFFFFFF))
+    | st.builds(Rule, _NUMBERS, st.integers(0, 5), st.just(0xFF00), st.integers(1, 255).map(lambda byte: byte << 8)),
     max_size=40,
 )
 
@@ -81,6 +84,8 @@ def test_rules_say_what_they_match() -> None:
     assert not Rule(1, 0, value=4).matches(arguments)
     assert Rule(1, 0, mask=4).matches(arguments)
     assert not Rule(1, 0, mask=1).matches(arguments)
+    assert Rule(1, 0, mask=12, value=4).matches(arguments)
+    assert not Rule(1, 0, mask=6, value=4).matches(arguments)
     fcntl = calls.NUMBER["fcntl"]
     assert [calls.find(fcntl, [3, command]).arguments for command in (0, 1030, 6)] == ["Oii", "Oii", "OiB"]
 
