@@ -309,16 +309,31 @@ class Agent:
             if work is None:
                 break
             memory.write_u32(self.physical(task), 1)
-            head = facts.raised_list
-            memory.write_u64(work, memory.read_u64(head))
-            memory.write_u32(work + facts.work_flags, _IRQ_WORK_QUEUED)
-            memory.write_u64(work + facts.work_func, facts.hrtimer_wakeup)
-            memory.write_u64(work + facts.sleeper_task, task.task_struct)
-            memory.write_u64(head, facts.direct_map + work)
+            self._link(facts, work, task)
             task.woken_at = max(now, 1)
             linked = True
         if linked:
             self.machine.post_interrupt(_IRQ_WORK_VECTOR)
+
+    def _link(self, facts: WakeFacts, work: int, task: Task) -> None:
+        memory, head = self.machine.memory, facts.raised_list
+        memory.write_u64(work, memory.read_u64(head))
+        memory.write_u32(work + facts.work_flags, _IRQ_WORK_QUEUED)
+        memory.write_u64(work + facts.work_func, facts.hrtimer_wakeup)
+        memory.write_u64(work + facts.sleeper_task, task.task_struct)
+        memory.write_u64(head, facts.direct_map + work)
+
+    def stir(self, task: Task) -> bool:
+        """Wake a task from whatever it sleeps in: it looks again, and sleeps on if nothing has changed.
+
+        False when that cannot be done now.
+        """
+        work = None if self.facts is None or not task.task_struct else self._free_work(self.facts)
+        if self.facts is None or work is None:
+            return False
+        self._link(self.facts, work, task)
+        self.machine.post_interrupt(_IRQ_WORK_VECTOR)
+        return True
 
     def _free_work(self, facts: WakeFacts) -> int | None:
         """Return the physical address of an irq_work that is in no list: its busy flags are clear."""

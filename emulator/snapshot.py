@@ -26,7 +26,7 @@ from typing import Any
 from emulator.errors import EmulatorError
 from emulator.memory import Memory
 
-FORMAT = 14
+FORMAT = 15
 _MANIFEST_MAX = 1 << 20
 _FILES = ("ram", "cpu", "symbols", "btf")
 KEPT = 16

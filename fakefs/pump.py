@@ -120,6 +120,11 @@ class Pump:
         if not request.done:
             self._check_alive()
 
+    def go_on(self, request: Request) -> None:
+        """Run the guest in place for a request that is not done: something was changed that lets it go on."""
+        self._check_alive()
+        self._run_in_place(request)
+
     async def rest(self, request: Request) -> None:
         """Return when a request is done, or the guest has done all that it can for now: it is blocked then."""
         while not request.done and self.dead is None:

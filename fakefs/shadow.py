@@ -86,6 +86,8 @@ class Shadow:
     """A process with a root directory of its own; others tell when it ends."""
     root = b"/"
     """The guest path of its root directory."""
+    interrupted_by = signal.SIGINT
+    """The signal that ends the call it is blocked in, and does nothing else."""
     cwd = "/"
     """Its working directory, below its root."""
 
@@ -377,5 +379,5 @@ class Shadows:
         """Interrupt the call a shadow is blocked in, until cancelled."""
         with suppress(OSError):  # the guest is dead
             while True:
-                await self.kill(shadow, signal.SIGINT)
+                await self.kill(shadow, shadow.interrupted_by)
                 await trio.sleep(_SIGNAL_AGAIN)

@@ -119,6 +119,7 @@ __attribute__((used, noreturn)) static void start(void)
 		give_up("map the window");
 
 	on(SIGINT, on_signal);
+	on(SIGSTKFLT, on_signal);
 	on(SIGPIPE, (void (*)(int))SIG_IGN);
 	on(SIGCHLD, (void (*)(int))SIG_IGN);
 	for (u64 i = 0; i < sizeof(page); i += 4096)

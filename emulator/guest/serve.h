@@ -41,7 +41,8 @@ enum { PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1, MAP_FIXED = 16 };
 enum { FUTEX_WAIT_PRIVATE = 128 };
 enum { ECANCELED = 125 };
 enum {
-	SIGINT = 2, SIGILL = 4, SIGTRAP = 5, SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SIGPIPE = 13, SIGCHLD = 17,
+	SIGINT = 2, SIGILL = 4, SIGTRAP = 5, SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SIGPIPE = 13, SIGSTKFLT = 16,
+	SIGCHLD = 17,
 };
 enum { SIG_IGN = 1, SA_NOCLDWAIT = 2, SA_RESTORER = 0x04000000, SA_ONSTACK = 0x08000000 };
 
@@ -159,13 +160,13 @@ _Static_assert(SLOT_SIZE == 0x10000 && SLOT_RETURN == 8, "as the above has it");
 #define on_exception on_signal
 #endif
 
-/* While a handler is about to leave for serve(), only SIGINT is not blocked: so it is there. */
+/* While a handler is about to leave for serve(), only SIGSTKFLT is not blocked: so it is there. */
 static void catch_exceptions(void)
 {
 	static const int signals[] = { SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV };
 
 	for (u64 i = 0; i < sizeof(signals) / sizeof(signals[0]); i++)
-		on_with(signals[i], on_exception, SA_ONSTACK, ~(1ul << (SIGINT - 1)));
+		on_with(signals[i], on_exception, SA_ONSTACK, ~(1ul << (SIGSTKFLT - 1)));
 }
 
 /* The host's processor is emulated: a word costs as much as a byte. */

@@ -24,7 +24,7 @@ __attribute__((used, noreturn)) static void start(long *stack)
 	variable++;
 	physical = number(&variable);
 	variable++;
-	on(SIGINT, on_signal);
+	on(SIGSTKFLT, on_signal);
 	if (number(&variable))
 		on_with(SIGCHLD, 0, SA_NOCLDWAIT, 0);
 	serve(slot, physical);

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from emulator.agent import DATA_SIZE, Call, Request
+from fakefs.mirror.signals import has
+from fakefs.mirror.sleepers import Sleepers
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
 
@@ -54,8 +56,9 @@ class Blocked(NamedTuple):
 class Blocking:
     """Begins such calls, and gets shadows out of them."""
 
-    def __init__(self, shadows: Shadows) -> None:
+    def __init__(self, shadows: Shadows, sleepers: Sleepers) -> None:
         self._shadows = shadows
+        self._sleepers = sleepers
         self._pump = shadows.pump
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._woken: set[int] = set()  # those of them that go on for a call they had begun before
@@ -130,6 +133,21 @@ class Blocking:
                 nursery.cancel_scope.cancel()
         if blocked.returned is not None and blocked.request.done:
             blocked.returned(blocked.request.results)
+
+    def is_blocked(self, shadow: Mirrored) -> bool:
+        """Is a shadow in a call that has not returned, and not stopped?"""
+        return shadow.blocked is not None and not shadow.blocked.request.done and shadow.tgid not in self._stopped
+
+    async def take(self, shadow: Mirrored, number: int, *, caught: bool) -> bool:
+        """Have a shadow take a signal that is pending in the call it is blocked in; False if it is in none."""
+        blocked = shadow.blocked
+        if blocked is None or blocked.request.done or not has(self._sleepers.pending(shadow.task), number):
+            return False
+        with self._sleepers.open_to(shadow.task, number, caught=caught) as reached:
+            if reached:
+                self._pump.go_on(blocked.request)
+                await self._rest(blocked.request)
+        return blocked.request.done
 
     @asynccontextmanager
     async def aside(self, shadow: Mirrored, *, sleeps: bool = True) -> AsyncIterator[None]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import signal
 import struct
+from contextlib import nullcontext
 
 from emulator.agent import Call
-from fakefs.mirror.processes import KEPT, Mirrored, Processes
+from fakefs.mirror.processes import Mirrored, Processes
 from fakefs.mirror.records import Handled, Signal
+from fakefs.mirror.signals import has
+from fakefs.mirror.sleepers import INTERRUPT, Sleepers
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
 
@@ -24,7 +27,7 @@ _CORE_DUMPED = 0x80
 _SURVIVED = frozenset(
     getattr(signal, f"SIG{name}") for name in ("CHLD", "CONT", "URG", "WINCH", "STOP", "TSTP", "TTIN", "TTOU")
 )
-_SI_KERNEL = 0x80  # <asm-generic/siginfo.h>
+_SI_KERNEL, _SI_TKILL = 0x80, -6  # <asm-generic/siginfo.h>
 _SIGINFO_LAYOUT = struct.Struct("<3i4x3I100x")
 _OF_THREADS = frozenset(getattr(signal, f"SIG{name}") for name in ("SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "PIPE"))
 _KERNELS = _OF_THREADS - {signal.SIGPIPE} | frozenset(
@@ -40,8 +43,9 @@ _KERNELS = _OF_THREADS - {signal.SIGPIPE} | frozenset(
 class Delivery:
     """Does that."""
 
-    def __init__(self, shadows: Shadows, processes: Processes) -> None:
+    def __init__(self, shadows: Shadows, processes: Processes, sleepers: Sleepers) -> None:
         self._shadows = shadows
+        self._sleepers = sleepers
         self._processes = processes
         self._pump = shadows.pump
         self._agent = shadows.pump.agent
@@ -91,11 +95,33 @@ class Delivery:
         shadow = self._processes.find(record.tid)
         if shadow is None:
             return
-        await self._processes.blocking.interrupt(shadow)
-        sent = record.number in shadow.sent
-        shadow.sent.discard(record.number)
-        async with shadow.lock:
-            await self._deliver(shadow, record.number, None if sent else _siginfo(record))
+        number, blocking = record.number, self._processes.blocking
+        sent = number in shadow.sent
+        shadow.sent.discard(number)
+        info = None if sent else _siginfo(record)
+        taken = False
+        if blocking.is_blocked(shadow):
+            await self._send(shadow, number, info)
+            taken = await blocking.take(shadow, number, caught=True)
+        await blocking.interrupt(shadow)
+        if not taken:
+            async with shadow.lock:
+                await self._deliver(shadow, number, info)
+
+    async def _send(self, shadow: Mirrored, number: int, info: bytes | None) -> None:
+        """Have init send a signal to a shadow that cannot do so itself, if it is not pending there."""
+        if info is None or has(self._sleepers.pending(shadow.task), number):
+            return
+        init = self._shadows.init
+        code = _SIGINFO_LAYOUT.unpack(info)[2]
+        async with init.lock:
+            self._agent.put(init.task, _SIGINFO, info)
+            if code < 0 and code != _SI_TKILL:
+                call: Call = (Sys.RT_SIGQUEUEINFO, shadow.task.pid, number, init.task.virtual(_SIGINFO))
+            else:
+                call = (Sys.KILL, shadow.task.pid, number)
+            with self._sleepers.sent_by_kernel() if code == _SI_KERNEL else nullcontext():
+                await self._pump.call(init.task, [call])
 
     async def _deliver(self, shadow: Mirrored, number: int, info: bytes | None) -> None:
         """Let a signal through to the handler of the one that is not blocked; if it is not pending, send it first."""
@@ -104,17 +130,17 @@ class Delivery:
         await self._pump.call(shadow.task, [(Sys.RT_SIGPENDING, at(_PENDING), _SET_SIZE)])
         [pending] = struct.unpack("<Q", self._agent.get(shadow.task, _PENDING, _SET_SIZE))
         calls: list[Call] = []
-        if not pending >> (number - 1) & 1:
+        if not has(pending, number):
             if info is None:
                 return
             self._agent.put(shadow.task, _SIGINFO, info)
             calls.append(_to_itself(shadow, number, at(_SIGINFO)))
         calls += [
-            (Sys.RT_SIGACTION, signal.SIGINT, 0, at(_ACTION), _SET_SIZE),
+            (Sys.RT_SIGACTION, INTERRUPT, 0, at(_ACTION), _SET_SIZE),
             (Sys.RT_SIGACTION, number, at(_ACTION), at(_OLD_ACTION), _SET_SIZE),
             (Sys.RT_SIGPROCMASK, _SIG_UNBLOCK, bit, 0, _SET_SIZE),
         ]
-        if not 1 << (number - 1) & KEPT:
+        if number != INTERRUPT:
             calls.append((Sys.RT_SIGPROCMASK, _SIG_BLOCK, bit, 0, _SET_SIZE))
             calls.append((Sys.RT_SIGACTION, number, at(_OLD_ACTION), 0, _SET_SIZE))
         await self._pump.call(shadow.task, calls)
@@ -126,32 +152,40 @@ class Delivery:
         """
         if shadow.task.dead or self._processes.find(shadow.tid) is not shadow:
             return
-        await self._processes.blocking.interrupt(shadow)
-        await self._processes.forget(shadow, whole=True)
         status = shadow.doomed if status is None else status
         number = status & ~_CORE_DUMPED & 0x7F
+        blocking = self._processes.blocking
+        takes = number not in (0, signal.SIGKILL) and blocking.is_blocked(shadow)
+        if not takes:
+            await blocking.interrupt(shadow)
+        await self._processes.forget(shadow, whole=True)
+        if takes:
+            await self._send(shadow, number, _siginfo(Handled(shadow.tid, number, [])))
+            await blocking.take(shadow, number, caught=False)
+            await blocking.interrupt(shadow)
         if number == 0:
             await self._processes.call(shadow, (Sys.EXIT_GROUP, status >> 8 & 0xFF))
         elif number == signal.SIGKILL:
             await self._shadows.kill(shadow, number)
-        else:
+        elif not shadow.task.dead:
             await self._die(shadow, number)
 
     async def _die(self, shadow: Mirrored, number: int) -> None:
         """Of a signal that is pending, or else sent now."""
         at = shadow.task.virtual
         async with shadow.lock:
-            self._agent.put(shadow.task, 0, bytes(_ACTION_SIZE + _SET_SIZE))  # SIG_DFL, and no signal blocked
+            self._agent.put(shadow.task, _ACTION, bytes(_ACTION_SIZE))  # SIG_DFL
             calls: list[Call] = [
-                (Sys.RT_SIGACTION, number, at(0), 0, _SET_SIZE),
-                (Sys.RT_SIGPENDING, at(_ACTION_SIZE), _SET_SIZE),
+                (Sys.RT_SIGACTION, number, at(_ACTION), 0, _SET_SIZE),
+                (Sys.RT_SIGPENDING, at(_PENDING), _SET_SIZE),
             ]
             await self._pump.call(shadow.task, calls)
-            [pending] = struct.unpack("<Q", self._agent.get(shadow.task, _ACTION_SIZE, _SET_SIZE))
-            self._agent.put(shadow.task, _ACTION_SIZE, struct.pack("<Q", ~(1 << (number - 1)) & (1 << 64) - 1))
-            calls = [] if pending >> (number - 1) & 1 else [(Sys.TKILL, shadow.task.pid, number)]
+            [pending] = struct.unpack("<Q", self._agent.get(shadow.task, _PENDING, _SET_SIZE))
+            self._agent.put(shadow.task, _SET, struct.pack("<Q", ~(1 << (number - 1)) & (1 << 64) - 1))
+            self._agent.put(shadow.task, _SIGINFO, _siginfo(Handled(shadow.tid, number, [])) or b"")
+            calls = [] if has(pending, number) else [_to_itself(shadow, number, at(_SIGINFO))]
             calls += [
-                (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(_ACTION_SIZE), 0, _SET_SIZE),
+                (Sys.RT_SIGPROCMASK, _SIG_SETMASK, at(_SET), 0, _SET_SIZE),
                 (Sys.EXIT_GROUP, 128 + number),
             ]
             await self._pump.call(shadow.task, calls)

@@ -8,6 +8,7 @@ fails in the guest is nobody's business on the host.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Awaitable
 
@@ -55,6 +56,7 @@ from fakefs.mirror.records import (
     encode,
     packet,
 )
+from fakefs.mirror.sleepers import SleeperFacts, Sleepers
 from fakefs.mirror.transfers import Transfers
 from fakefs.perf.events import Events
 from fakefs.prepare import noted
@@ -77,8 +79,10 @@ class Mirror:
         guest, facts = shadows.pump.guest, noted(shadows.pump.guest, "inodes")
         paths = GuestPaths(shadows, Inodes(guest, InodeFacts.from_json(facts) if facts else None))
         self._shadows = shadows
-        self._processes = Processes(shadows, paths, nursery, self._note_death, reaped=level >= Level.ALL)
-        self._delivery = Delivery(shadows, self._processes)
+        facts = noted(guest, "sleepers")
+        sleepers = Sleepers(guest, SleeperFacts.from_json(facts) if facts else None)
+        self._processes = Processes(shadows, paths, nursery, self._note_death, sleepers, reaped=level >= Level.ALL)
+        self._delivery = Delivery(shadows, self._processes, sleepers)
         self._files = FileCalls(shadows, self._processes, paths, keeps=level >= Level.ALL)
         self._transfers = Transfers(shadows, self._processes, paths)
         self._queue = Queue(in_order=shadows.pump.deterministic)
@@ -178,8 +182,9 @@ class Mirror:
     async def _do(self, record: Record | Looks | Died) -> None:
         processes = self._processes
         if not isinstance(record, Died):
-            for child, status in processes.ended_children(record.tid):  # one may be why it has gone on
-                if not self._dying and not self._queue.has_of(child.tgid):
+            told = isinstance(record, Handled) and record.number == signal.SIGCHLD
+            for child, status in processes.ended_children(record.tid, told=told):  # one may be why it has gone on
+                if not self._queue.is_about(child.tgid) and child not in (died.shadow for _, died in self._dying):
                     await self._delivery.end(child, status)
         match record:
             case Looks():

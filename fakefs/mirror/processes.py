@@ -24,12 +24,13 @@ from fakefs.mirror.blocking import LASTING, Blocked, Blocking
 from fakefs.mirror.credentials import NO_ID
 from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.records import Birth, Credentials, Exit, Program, Sleep, Used, Wait
+from fakefs.mirror.sleepers import INTERRUPT, Sleepers
 from fakefs.shadow import Handle, Kind, Shadow, Shadows
 from fakefs.syscalls import AT_FDCWD, Sys
 
 _SIG_SETMASK = 2
-KEPT = 1 << (signal.SIGINT - 1)
-"""The one signal that is not blocked: it interrupts a shadow, and has a handler."""
+KEPT = 1 << (INTERRUPT - 1)
+"""The one signal that is not blocked."""
 _WORDS = 0x8000  # where pointers and structures lie in a data area, behind strings
 _COMM_MAX = 15
 _UNCLAIMED_MAX = 16
@@ -115,6 +116,7 @@ class Mirrored(Shadow):
     )
     apart = True
     root = OTHER_ROOT
+    interrupted_by = INTERRUPT
 
     def __init__(self, task: Task, birth: Birth, descriptors: dict[Handle, int]) -> None:
         super().__init__(task, birth.tid, os.fsencode(birth.comm), descriptors)
@@ -174,6 +176,7 @@ class Processes:
         paths: GuestPaths,
         nursery: trio.Nursery,
         died: Callable[[Mirrored, int | None], None],
+        sleepers: Sleepers,
         *,
         reaped: bool,
     ) -> None:
@@ -185,7 +188,7 @@ class Processes:
         self._died = died
         self._reaped = reaped
         self._bearing = trio.Lock()
-        self.blocking = Blocking(shadows)
+        self.blocking = Blocking(shadows, sleepers)
         self._ends = select.poll()
         self._followed: dict[int, Mirrored] = {}  # by pidfd
         self._full = False
@@ -405,10 +408,10 @@ class Processes:
         shadow.ended, shadow.status = True, status
         self._died(shadow, status)
 
-    def ended_children(self, tid: int) -> list[tuple[Mirrored, int | None]]:
-        """Return the children of a thread that is waiting for one which have ended by now without telling."""
+    def ended_children(self, tid: int, *, told: bool) -> list[tuple[Mirrored, int | None]]:
+        """Return the children which have ended by now without telling, if a thread was waiting for one or `told`."""
         shadow = self.find(tid)
-        if shadow is None or shadow.blocked is None or shadow.blocked.until is not None:
+        if shadow is None or not (told or (shadow.blocked is not None and shadow.blocked.until is None)):
             return []
         self.look_for_ends()
         everybody = [each for each in self._shadows.all() if isinstance(each, Mirrored)]

@@ -4,7 +4,7 @@ A dynamic program opens files by the dozen when it starts, and having another ta
 several times the call. So when the guest is behind, what a thread looks at next is added to the look of its that waits
 already, past other threads' records in between. That differs from the host's order by no more than the guest is
 behind, and records that could make a difference are not passed. A signal that a thread handles again before the guest
-has come to it is one signal there, as it is while it is pending.
+has come to it, while nobody does anything else, is one signal there, as it is while it is pending.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fakefs.mirror.processes import Mirrored
-from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Transfer, looks
+from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Signal, Transfer, looks
 
 _MOST = 32
 """Looks made in one go; a slot has room for four calls of each."""
@@ -58,7 +58,7 @@ class Queue:
         self._in_order = in_order
         self._open: dict[int, Looks] = {}  # the last ones of each thread, that more can be added to
         self._above: list[Entry] = []
-        self._handled: set[tuple[int, int]] = set()  # threads and signals: they have done nothing since
+        self._handled: set[tuple[int, int]] = set()  # threads and signals: nobody has done anything since
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -70,8 +70,8 @@ class Queue:
                 return False
             if not self._in_order:
                 self._handled.add((record.tid, record.number))
-        elif self._handled and not isinstance(record, Died):
-            self._handled = {each for each in self._handled if each[0] != record.tid}
+        else:
+            self._handled.clear()
         if isinstance(record, Died):
             self._open.pop(record.shadow.tid, None)
         elif looks(record):
@@ -106,9 +106,13 @@ class Queue:
         self._waiting.append(new)
         return True
 
-    def has_of(self, tid: int) -> bool:
-        """Does anything wait that this thread has done?"""
-        return any(record.tid == tid for record in self._waiting if not isinstance(record, Died))
+    def is_about(self, tgid: int) -> bool:
+        """Does anything wait that a process has done, or a signal that was sent to it?"""
+        return any(
+            record.tid == tgid or (isinstance(record, Signal) and tgid in record.to)
+            for record in self._waiting
+            if not isinstance(record, Died)
+        )
 
     def take(self) -> Record | Looks | Died:
         """Return what is first. Raises IndexError when nothing waits."""

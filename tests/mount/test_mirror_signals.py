@@ -91,11 +91,39 @@ except InterruptedError: pass
     ]
     shell = about[-1][1]
     assert about == [
-        ("signal_generate", python, 14, 128),
+        ("signal_generate", 1, 14, 128),  # the process itself sleeps
         ("signal_deliver", python, 14, 128),
         ("signal_generate", python, 17, 1),
         ("signal_deliver", shell, 17, 1),
     ]
+
+
+def test_nothing_else_shows_of_what_ends_a_call(mirrored: Run) -> None:
+    """The signals themselves interrupt it, whether they are handled or end the process, and nobody else sends one."""
+    program = """
+import signal, subprocess, time
+signal.signal(signal.SIGALRM, lambda *_: child.terminate())
+child = subprocess.Popen(["sleep", "1000"])
+while "do_nanosleep" not in open("trace").read(): pass
+signal.alarm(1)
+child.wait()
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:slept do_nanosleep' > kprobe_events
+        on signal kprobes/slept sched/sched_process_exit
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "all",
+    )
+    seen = hits(done)
+    [sleep] = [hit.pid for hit in _of(seen, "slept")]
+    at = [(hit.event.removeprefix("signal_"), hit.fields["sig"]) for hit in seen if hit.event.startswith("signal_")]
+    assert at[:5] == [("generate", 14), ("deliver", 14), ("generate", 15), ("deliver", 15), ("generate", 17)]
+    assert [hit.pid for hit in _of(seen, "signal_deliver") if hit.fields["sig"] == 15] == [sleep]
+    assert sleep in [hit.pid for hit in _of(seen, "sched_process_exit")]
 
 
 def test_one_that_is_blocked_waits(mirrored: Run) -> None:

@@ -76,7 +76,7 @@ def test_a_signal_handled_again_is_one() -> None:
     assert [queue.put(each) for each in (one, one, Handled(1, 10, []), Handled(2, 14, []), one)] == [1, 0, 1, 1, 0]
     assert queue.take() == one
     assert queue.put(one)
-    assert queue.put(Name(1, "a"))
+    assert queue.put(Name(2, "a"))
     assert queue.put(one)
     in_order = Queue(in_order=True)
     assert in_order.put(one)
