@@ -61,6 +61,7 @@ _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)
 _GENERATIONS = 64
 _AT_ONCE = 16  # calls taken before the daemon is listened to again
 _SET_ROBUST_LIST = NUMBER["set_robust_list"]
+_SIGNALLING = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal")
 
 
 class Thread(NamedTuple):
@@ -130,13 +131,8 @@ class Recorder:
             "waitid": self._wait,
             "nanosleep": self._sleep,
             "clock_nanosleep": self._sleep,
-            "kill": self._signal,
-            "tkill": self._signal,
-            "tgkill": self._signal,
             "pidfd_open": self._pidfd,
-            "rt_sigqueueinfo": self._signal,
-            "rt_tgsigqueueinfo": self._signal,
-            "pidfd_send_signal": self._signal,
+            **dict.fromkeys(_SIGNALLING, self._signal),
             "perf_event_open": lambda notification, _: self._events.opened(notification),
             "ioctl": lambda notification, _: self._events.controlled(notification),
             "mmap": lambda notification, _: self._events.mapped(notification),

@@ -22,12 +22,13 @@ from fakefs.files import Caller, Mapped
 from fakefs.guestpoll import Polling
 from fakefs.mirror.records import EventAnswer, EventControl, EventMap, EventOpen
 from fakefs.perf.requests import ID, PERIOD, SET_FILTER, SET_OUTPUT, file_name
-from fakefs.perf.ring import MOST, TAIL, Ring, is_length
+from fakefs.perf.ring import TAIL, Ring, is_length
 from fakefs.shadow import Handle, Shadow, Shadows
 from fakefs.syscalls import AT_FDCWD, Sys, check
 
 _FLAG_CLOEXEC = 8
 _MOST_EVENTS = 8192
+_PART = 4  # of the guest's memory
 _ATTR_FLAGS, _BACKWARD = 40, 1 << 27  # struct perf_event_attr: offset of the bits, write_backward
 _MAP_SHARED, _MAP_POPULATE = 1, 0x8000
 _PROT_WRITE = 2
@@ -89,6 +90,7 @@ class Events:
         self._by_number: dict[int, Event] = {}
         self._last = 0
         self._keeper: Shadow | None = None
+        self._room = self._pump.machine.ram_size // _PART  # for all ring buffers
         self._spawning = trio.Lock()
         self._synced = False
 
@@ -115,10 +117,15 @@ class Events:
     # ---- what the recorder passes on
 
     async def open(self, record: EventOpen) -> EventAnswer:
-        """perf_event_open(2). Raises OSError."""
+        """perf_event_open(2), for whoever is the guest's root: what it says to others depends on its settings.
+
+        Raises OSError.
+        """
         if len(self._by_number) >= _MOST_EVENTS:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        pid = record.pid
+        pid, opener = record.pid, self._shadows.alive(record.tid)
+        if opener is not None and not opener.privileged:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         if pid > 0:
             shadow = self._shadows.alive(pid)
             if shadow is None or not shadow.task.pid:
@@ -164,7 +171,7 @@ class Events:
         if event.ring is None:
             if not is_length(record.length):
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            if record.length > MOST + PAGE:
+            if sum(each.length for each in self._mapped()) + record.length > self._room:
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             keeper = await self._keep()
             event.address, frames = await self._map(keeper, event.fd, record.length, record.protection)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fakefs.files import Caller, Files, Interrupt, OpenFile, Stat
 from fakefs.perf.events import Event, Events
 from fakefs.perf.requests import FAR
+from fakefs.perf.ring import TAIL
 
 _ENDLESS = 1 << 62
 _PAGE = 4096
@@ -55,11 +56,13 @@ class EventFiles:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     async def write(self, caller: Caller, file: OpenFile, offset: int, data: bytes, flags: int, intr: Interrupt) -> int:
-        """Of an event, pages that the program has changed; the guest is told when it next matters."""
+        """Of an event, a page that the program has written to, as the host's kernel is about to let go of it."""
         if not isinstance(file, Event):
             return await self._files.write(caller, file, offset, data, flags, intr)
-        if offset >= file.length:
+        if file.ring is None or offset >= file.length:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if offset == 0 and len(data) == _PAGE:
+            file.ring.consume(int.from_bytes(data[TAIL : TAIL + 8], "little"))
         return len(data)
 
     async def close(self, file: OpenFile) -> None:

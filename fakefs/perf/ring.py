@@ -17,8 +17,6 @@ HEAD, TAIL = 1024, 1032
 """Offsets of data_head and data_tail in the first page."""
 _VERSIONS = 8  # bytes at the beginning of it; behind them is how to read counters of a processor's
 _AREA, _AREA_END = 1040, 1056  # data_offset and data_size
-MOST = 8 << 20
-"""Bytes of the longest buffer, without its first page."""
 
 
 def is_length(length: int) -> bool:
@@ -30,8 +28,8 @@ def is_length(length: int) -> bool:
 class Ring:
     """`frames` are the physical addresses of its pages in the guest's `memory`.
 
-    `contents` is what the host has, data_head included. A ring that `keeps` what was not read is full at times; another
-    (mapped for reading only) is written round and round, from its end if `backward`.
+    `contents` is what the host has, data_head and data_tail included. A ring that `keeps` what was not read is full at
+    times; another (mapped for reading only) is written round and round, from its end if `backward`.
     """
 
     def __init__(self, memory: Memory, frames: Sequence[int], *, keeps: bool, backward: bool = False) -> None:
@@ -56,6 +54,7 @@ class Ring:
         """The program has read as far as its `data_tail` says. What it cannot have read is ignored."""
         if self._keeps and (tail - self._tail) % (1 << 64) <= (self._head - self._tail) % (1 << 64):
             self._tail = tail
+            struct.pack_into("<Q", self.contents, TAIL, tail)
             self._memory.write_u64(self._frames[0] + TAIL, tail)
 
     def advance(self) -> list[tuple[int, bytes]]:

@@ -24,9 +24,9 @@ cd "$(mktemp -d)"
 counted=(sh -c '"$@" >out; cat out' sh) # through a pipe perf would write its own data
 expect "syscount of a command" '^head +[1-9][0-9]*$' "${counted[@]}" syscount-perf head -c 1 /etc/passwd
 expect "syscount by process" '^[0-9]+ +head +[1-9][0-9]*$' "${counted[@]}" syscount-perf -v head -c 1 /etc/passwd
-expect "syscount by process and name" 'head +openat: +[1-9]' "${counted[@]}" syscount-perf -cv head -c 1 /etc/passwd
-expect "syscount, until Ctrl-C" '^bash +[1-9]' "${counted[@]}" timeout -s INT 5 syscount-perf
-expect "perf-stat-hist" '^ +[0-9]+ -> [0-9]+ +: [1-9]' perf-stat-hist-perf syscalls:sys_enter_openat dfd 1
+expect "syscount by process and name" 'head +openat +[1-9]' "${counted[@]}" syscount-perf -cv head -c 1 /etc/passwd
+expect "syscount, until Ctrl-C" '^perf +[1-9]' "${counted[@]}" timeout -s INT 5 syscount-perf
+expect "perf-stat-hist" '^ +1048576 -> +: [1-9]' perf-stat-hist-perf syscalls:sys_enter_openat dfd 1
 activity
 hit='cat-[0-9]+ +\[000\].*myopen: \(vfs_open\+0x[0-9a-f]+/0x[0-9a-f]+\)'
 expect "kprobe, until Ctrl-C" "$hit" timeout -s INT 3 kprobe-perf 'p:myopen vfs_open'

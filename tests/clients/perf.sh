@@ -29,7 +29,7 @@ expect "stat at intervals" "^ +[0-9.]+ +[1-9]+ +$exec" perf stat -I 100 -e "$exe
 cd "$(mktemp -d)"
 expect "record of a command" 'Captured and wrote .* \(3 samples\)' perf record -o one -e "$exec" sh -c "$programs"
 expect "script" "true +[0-9]+ \[000\] +[0-9.]+: $exec: filename=/bin/true" perf script -i one
-expect "report" '66.67% +true' perf report -i one --stdio
+expect "report" '66.67% +true' perf report -i one --sort comm --stdio
 expect "record of all" 'Captured and wrote .* samples' perf record -a -o all -e 'syscalls:*' sh -c "$programs"
 expect "nothing of it is lost" '^0$' sh -c 'perf script -i all --show-lost-events | grep -c LOST || true'
 expect "script of all" 'true +[0-9]+ .*syscalls:sys_enter_openat: ' perf script -i all

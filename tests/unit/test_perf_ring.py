@@ -82,6 +82,7 @@ def test_what_is_read_is_what_was_written(memory: Memory, pages: int, steps: lis
                 ring.consume(tail)
             program.store(ring.advance())
             assert ring.contents[PAGE:] == program.pages[PAGE:]
+            assert ring.contents[TAIL : TAIL + 8] == memory.read(frames[0] + TAIL, 8)
     assert program.read == kernel.written
     assert ring.advance() == []
 
