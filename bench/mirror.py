@@ -81,15 +81,24 @@ def programs(bench: Bench) -> tuple[float, ...]:
     return taken * 200 / count, followed * 1000 / count
 
 
-def configure(bench: Bench) -> tuple[float, ...]:
-    """A script like configure, how many times as long as without mirroring. It is short: the median of five."""
-    script = _timed(f"{_CONFIGURE} || true")
+def _times_as_long(bench: Bench, mirror: str, locale: str) -> float:
+    """How many times as long as without mirroring a script like configure takes. It is short: the median of five."""
+    script = _timed(f"{_CONFIGURE} {locale} || true")
 
     def once() -> float:
-        without, mirrored = (_run(bench, mirror, script) for mirror in ("off", "files"))
+        without, mirrored = (_run(bench, level, script) for level in ("off", mirror))
         return (mirrored[1] - mirrored[0]) / (without[1] - without[0])
 
-    return (median(once() for _ in range(5)),)
+    return median(once() for _ in range(5))
+
+
+def configure(bench: Bench) -> tuple[float, ...]:
+    """As configure runs; with a locale whose files each program opens; and with all calls mirrored."""
+    return (
+        _times_as_long(bench, "files", "C"),
+        _times_as_long(bench, "files", "C.UTF-8"),
+        _times_as_long(bench, "all", "C"),
+    )
 
 
 def at_once(bench: Bench) -> tuple[float, ...]:
@@ -130,5 +139,12 @@ MEASUREMENTS = (
     ),
     Measurement(listing, (Figure("mirror_listing", "ls -lR of 10,000 files, mirrored", "s", 10),)),
     Measurement(not_mirrored, (Figure("mirror_not", "more for a call that is not mirrored", "us", 0.1),)),
-    Measurement(configure, (Figure("mirror_configure", "a script like configure, mirrored", "x", 2.5),)),
+    Measurement(
+        configure,
+        (
+            Figure("mirror_configure", "a script like configure, mirrored", "x", 2.5),
+            Figure("mirror_configure_utf8", "the same with LC_ALL=C.UTF-8", "x", 2.5),
+            Figure("mirror_configure_all", "the same with --mirror=all", "x", 6),
+        ),
+    ),
 )

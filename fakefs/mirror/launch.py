@@ -21,7 +21,11 @@ from fakefs import mountpoint, namespace
 from fakefs.mirror import calls, sigframe
 from fakefs.mirror.calls import Level
 from fakefs.mirror.notes import Notes, Progress, load, next_note
+from fakefs.mirror.records import PACKET_MAX
 from fakefs.mirror.seccomp import Listener, Notification, install, program
+
+_RECORDS_SIZE = PACKET_MAX // 2 + 1024  # bytes, of which the kernel gives twice as many: room for the largest packet
+_NOTES_SIZE = 1 << 15  # a hundred notes
 
 
 class Recording(NamedTuple):
@@ -41,6 +45,9 @@ class Launch:
         self._daemon, self._recorder = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._first, self._program = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._notes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # What lies in these when the guest is behind is waited for by each request to the mount.
+        self._recorder.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _RECORDS_SIZE)
+        self._notes[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NOTES_SIZE)
         self._progress = Progress()
         self._library = load()
         self._listener: Listener | None = None

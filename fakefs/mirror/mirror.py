@@ -64,7 +64,6 @@ from fakefs.shadow import Shadow, Shadows
 from fakefs.syscalls import Sys
 
 _PATIENCE = 10.0  # host seconds the guest gets for a record; it may have little of a busy machine
-_QUEUE_MAX = 4096  # records; those behind wait in the socket, and the recorder behind that
 
 
 class Mirror:
@@ -106,7 +105,7 @@ class Mirror:
             await trio.lowlevel.wait_readable(self._socket)
             if not self._drain():
                 return
-            while len(self._queue) > _QUEUE_MAX:
+            while self._queue.is_full:  # then those behind wait in the sockets, and the host's programs for room there
                 await self._finished.wait()
 
     def _drain(self) -> bool:

@@ -9,7 +9,7 @@ has come to it, while nobody does anything else, is one signal there, as it is w
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record,
 
 _MOST = 32
 """Looks made in one go; a slot has room for four calls of each."""
+_ENTRIES_MAX = 4096
+_OF_A_THREAD_MAX = 384
+"""Records. A shell that starts programs has some of each that wait; one that goes round in a loop has all of them."""
 
 
 @dataclass(slots=True)
@@ -59,9 +62,16 @@ class Queue:
         self._open: dict[int, Looks] = {}  # the last ones of each thread, that more can be added to
         self._above: list[Entry] = []
         self._handled: set[tuple[int, int]] = set()  # threads and signals: nobody has done anything since
+        self._of: Counter[int] = Counter()  # records by thread
+        self._ahead: set[int] = set()  # threads with more than their share
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Is the guest, or what it does for some thread, so far behind that no more should be taken in?"""
+        return len(self._waiting) > _ENTRIES_MAX or bool(self._ahead)
 
     def put(self, record: Record | Died) -> bool:
         """Take in what comes last; False when that became part of what waits already."""
@@ -74,10 +84,15 @@ class Queue:
             self._handled.clear()
         if isinstance(record, Died):
             self._open.pop(record.shadow.tid, None)
-        elif looks(record):
+            self._waiting.append(record)
+            return True
+        self._of[record.tid] += 1
+        if self._of[record.tid] > _OF_A_THREAD_MAX:
+            self._ahead.add(record.tid)
+        if looks(record):
             assert isinstance(record, Files)
             return self._put_look(record)
-        elif isinstance(record, Files):
+        if isinstance(record, Files):
             self._open.clear()
             self._above = []
         else:
@@ -117,8 +132,17 @@ class Queue:
     def take(self) -> Record | Looks | Died:
         """Return what is first. Raises IndexError when nothing waits."""
         first = self._waiting.popleft()
+        if not isinstance(first, Died):
+            self._count_taken(first.tid, len(first.records) if isinstance(first, Looks) else 1)
         if isinstance(first, Looks) and self._open.get(first.tid) is first:
             del self._open[first.tid]
         elif isinstance(first, Handled):
             self._handled.discard((first.tid, first.number))
         return first
+
+    def _count_taken(self, tid: int, records: int) -> None:
+        self._of[tid] -= records
+        if self._of[tid] <= _OF_A_THREAD_MAX:
+            self._ahead.discard(tid)
+        if not self._of[tid]:
+            del self._of[tid]

@@ -135,3 +135,28 @@ def test_no_call_sees_another_guest(steps: list[tuple[str, int, str, str]]) -> N
             take(which, queue)
     assert results[0] == results[1]
     assert guests[0] == guests[1]
+
+
+def test_a_thread_that_is_far_ahead_fills_it() -> None:
+    """Others do not, however many there are: they wait for the guest only when that is far behind with all."""
+    queue = Queue()
+    for tid in range(1, 2001):
+        queue.put(opened(tid, entry("/a")))
+        queue.put(Name(tid, "name"))
+    assert not queue.is_full
+    queue = Queue()
+    for count in range(384):
+        queue.put(opened(1, entry("/a"), flags=os.O_RDWR if count % 2 else os.O_RDONLY))
+    assert not queue.is_full
+    queue.put(opened(1, entry("/a")))
+    assert queue.is_full
+    queue.take()
+    assert not queue.is_full
+    while queue:
+        queue.take()
+        assert not queue.is_full
+    queue = Queue()
+    for _ in range(385):  # looks that are put together count too
+        queue.put(opened(1, entry("/a")))
+    assert len(queue) == 13
+    assert queue.is_full
