@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from emulator.agent import DATA_SIZE, Call, Request
-from fakefs.mirror.signals import has
+from fakefs.mirror.signals import has, is_stopped
 from fakefs.mirror.sleepers import Sleepers
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
@@ -115,6 +115,11 @@ class Blocking:
             with trio.move_on_after(_OVERSLEEP):
                 await self._pump.finish(shadow.blocked.request)
 
+    async def rest(self, shadow: Mirrored) -> None:
+        """Return when the guest has done all that it can for now."""
+        blocked = shadow.blocked
+        await self._rest(Request([]) if blocked is None else blocked.request)
+
     async def _rest(self, request: Request) -> None:
         with trio.move_on_after(_BUSY):
             await self._pump.rest(request)
@@ -174,6 +179,10 @@ class Blocking:
 
     # ---- stopped processes
 
+    def is_stopped(self, tgid: int) -> bool:
+        """Has it, and not been sent the signal to go on?"""
+        return tgid in self._stopped
+
     def stopped(self, tgid: int) -> None:
         """The shadow of a process has been stopped by a signal."""
         self._stopped[tgid] = time.monotonic()
@@ -201,12 +210,3 @@ class Blocking:
                 self._stopped.pop(tgid, None)  # it goes on there, whoever has told it to
             else:
                 await self._shadows.kill(shadow, signal.SIGSTOP)
-
-
-def is_stopped(tid: int) -> bool:
-    """Is a thread of the host's stopped?"""
-    try:
-        with open(f"/proc/{tid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] == b"T"
-    except (OSError, IndexError):
-        return False

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 from emulator.agent import Call
 from fakefs.mirror.processes import Mirrored, Processes
-from fakefs.mirror.records import Handled, Signal
+from fakefs.mirror.records import Handled, Signal, Stopped
 from fakefs.mirror.signals import has
 from fakefs.mirror.sleepers import INTERRUPT, Sleepers
 from fakefs.shadow import Shadows
@@ -30,6 +30,7 @@ _SURVIVED = frozenset(
 _SI_KERNEL, _SI_TKILL = 0x80, -6  # <asm-generic/siginfo.h>
 _SIGINFO_LAYOUT = struct.Struct("<3i4x3I100x")
 _OF_THREADS = frozenset(getattr(signal, f"SIG{name}") for name in ("SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "PIPE"))
+_STOPS = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP)
 _KERNELS = _OF_THREADS - {signal.SIGPIPE} | frozenset(
     getattr(signal, f"SIG{name}")
     for name in (
@@ -89,6 +90,18 @@ class Delivery:
                 self._agent.put(sender.task, 0, record.info.encode("latin-1"))
                 calls = [(record.number, *pids, number, *([sender.task.virtual()] if record.info else []))]
             await self._pump.call(sender.task, calls)
+
+    async def stop(self, record: Stopped) -> None:
+        """A process has been stopped by its terminal, or by a signal that it could have caught."""
+        shadow = self._processes.find(record.tid)
+        if shadow is None or self._processes.blocking.is_stopped(shadow.tgid):
+            return
+        number = next((each for each in _STOPS if has(self._sleepers.pending(shadow.task), each)), signal.SIGTSTP)
+        with self._sleepers.open_to(shadow.task, number, caught=False) as reached:
+            if reached:
+                await self._send(shadow, number, _siginfo(Handled(shadow.tid, number, [])))
+                await self._processes.blocking.rest(shadow)
+        self._processes.blocking.stopped(shadow.tgid)
 
     async def handled(self, record: Handled) -> None:
         """A thread has run a handler: so does its shadow, for the same signal."""

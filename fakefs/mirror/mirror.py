@@ -50,6 +50,7 @@ from fakefs.mirror.records import (
     Site,
     Sites,
     Sleep,
+    Stopped,
     Transfer,
     Wait,
     decode,
@@ -224,6 +225,8 @@ class Mirror:
                     await processes.call(shadow, (number, *arguments))
             case Handled():
                 await self._delivery.handled(record)
+            case Stopped():
+                await self._delivery.stop(record)
             case Signal():
                 await self._delivery.send(record)
             case EventOpen():

@@ -128,6 +128,12 @@ class Handled(NamedTuple):
     info: list[int]
 
 
+class Stopped(NamedTuple):
+    """A process is stopped, as its parent has just been told."""
+
+    tid: int
+
+
 class Credentials(NamedTuple):
     """A call of setuid(2)'s family. `ids` are its arguments, or the groups it sets; None if there are no such.
 
@@ -321,6 +327,7 @@ Record = (
     | Wait
     | Signal
     | Handled
+    | Stopped
     | Credentials
     | Files
     | Transfer

@@ -6,6 +6,7 @@ What is not caught is the host kernel's business: if it ends or stops a process,
 from __future__ import annotations
 
 import os
+import signal
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from fakefs.mirror.arguments import signed
 from fakefs.mirror.calls import Call
-from fakefs.mirror.records import Handled, Signal
+from fakefs.mirror.records import Handled, Signal, Stopped
 from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.sigframe import Frame
 
@@ -24,6 +25,7 @@ _STATUS_MAX = 8192
 _INFO = struct.Struct("<3i4x3I4x")  # siginfo_t: si_signo, si_errno, si_code; si_pid, si_uid, si_status or others
 _CODE_MIN, _CODE_MAX = -60, 0x80  # <asm-generic/siginfo.h>: SI_ASYNCNL, SI_KERNEL
 _ERRNO_MAX = 4095
+_JOBS_MAX = 64  # that a shell may have
 
 
 class Masks(NamedTuple):
@@ -130,11 +132,16 @@ class Signals:
                     self._begun.add((tid, number))
                 yield Handled(tid, number, [])
 
-    def handled(self, tid: int, tgid: int, frame: Frame) -> Iterator[Handled]:
-        """Yield the signal whose handler a thread leaves, if it has not been told of already."""
+    def handled(self, tid: int, tgid: int, frame: Frame) -> Iterator[Handled | Stopped]:
+        """Yield the signal whose handler a thread leaves, if it has not been told of already.
+
+        Before that of a child the jobs of a shell that are stopped: a terminal may have stopped them.
+        """
         number = which(frame, read_masks(tid))
         if not number:
             return
+        if number == signal.SIGCHLD:
+            yield from map(Stopped, stopped_jobs(tgid, tid))
         self._forget(tgid, number)
         if (tid, number) in self._begun:
             self._begun.discard((tid, number))
@@ -166,6 +173,37 @@ def receivers(sender: int, target: int, processes: list[int]) -> Iterator[int]:
                 with suppress(OSError):
                     if os.getpgid(pid) == group:
                         yield pid
+
+
+def stopped_jobs(pid: int, tid: int) -> Iterator[int]:
+    """Yield the stopped children of a thread's that are not in its process group, and theirs."""
+    with suppress(OSError, ValueError):
+        group = os.getpgid(pid)
+        for child in children(pid, tid):
+            if os.getpgid(child) != group:
+                yield from _stopped(child)
+
+
+def _stopped(pid: int) -> Iterator[int]:
+    if is_stopped(pid):
+        yield pid
+        for child in children(pid, pid):
+            yield from _stopped(child)
+
+
+def children(pid: int, tid: int) -> list[int]:
+    """Return the children of a thread. Raises OSError."""
+    with open(f"/proc/{pid}/task/{tid}/children", "rb") as file:
+        return [int(word) for word in file.read(_STATUS_MAX).split()[:_JOBS_MAX]]
+
+
+def is_stopped(tid: int) -> bool:
+    """Is a thread of the host's stopped?"""
+    try:
+        with open(f"/proc/{tid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
 
 
 def which(frame: Frame, masks: Masks) -> int:

@@ -212,6 +212,57 @@ def test_stopped_and_continued(mirrored: Run) -> None:
     assert done.stdout == "status 143\nstatus 137\n"
 
 
+def test_a_terminal_stops_and_ends_a_job(mirrored: Run) -> None:
+    """^Z, fg and ^C, in an interactive shell: the job's shadow is stopped, goes on in its sleep, and dies of SIGINT."""
+    program = """
+import os, pty
+child, terminal = pty.fork()
+if child == 0:
+    os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+def until(text):
+    while text not in open("trace").read(): pass
+os.write(terminal, b"sleep 1000\\n")
+until("slept:")
+os.write(terminal, b"\\x1a")
+until("code=5")
+os.write(terminal, b"fg\\n")
+until("code=6")
+os.write(terminal, b"\\x03")
+until("sig=2 ")
+os.write(terminal, b"exit\\n")
+os.waitpid(child, 0)
+"""
+    done = mirrored(
+        SETUP
+        + f"""
+        echo 'p:slept do_nanosleep' > kprobe_events
+        on signal/signal_generate signal/signal_deliver kprobes/slept
+        {FAKEFS[0]} -c '{program}'
+        """
+        + SHOW,
+        "process",
+    )
+    seen = hits(done)
+    job = _of(seen, "slept")[0].pid
+    about = [
+        (hit.event.removeprefix("signal_"), hit.fields.get("sig"), hit.fields.get("code"))
+        for hit in seen
+        if hit.fields.get("pid") == job or hit.pid == job
+    ]
+    assert about == [
+        ("slept", None, None),
+        ("generate", 20, 128),
+        ("deliver", 20, 128),
+        ("generate", 17, 5),
+        ("generate", 18, 0),
+        ("generate", 17, 6),
+        ("slept", None, None),
+        ("generate", 2, 128),
+        ("deliver", 2, 128),
+        ("generate", 17, 2),
+    ]
+
+
 def test_groups_and_everybody(mirrored: Run) -> None:
     """kill(2) with 0, a negative group, and -1, which leaves out those that live in the guest alone."""
     done = mirrored(

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import struct
+import time
 
 import pytest
 from hypothesis import given
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.records import Signal
 from fakefs.mirror.seccomp import Notification
-from fakefs.mirror.signals import Signals, catches, parse_masks, pid_behind, receivers
+from fakefs.mirror.signals import Signals, catches, parse_masks, pid_behind, receivers, stopped_jobs
+
+_LIMIT = 20.0  # seconds
 
 
 def test_handlers_are_seen() -> None:
@@ -37,6 +41,37 @@ def test_receivers() -> None:
     assert me in list(receivers(me, 0, everybody))
     assert list(receivers(me, -os.getpgrp(), everybody)) == list(receivers(me, 0, everybody))
     assert list(receivers(me, 5, everybody)) == []
+
+
+def test_stopped_jobs() -> None:
+    """In another process group than the shell's, and what they have started, as long as they are stopped."""
+    me, [ours, theirs] = os.getpid(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        grandchild = os.fork()
+        if grandchild == 0:
+            os.kill(os.getppid(), signal.SIGSTOP)
+            os.write(theirs, struct.pack("<i", os.getpid()))
+            signal.pause()
+        signal.pause()
+    try:
+        [grandchild] = struct.unpack("<i", os.read(ours, 4))
+        os.waitpid(child, os.WUNTRACED)
+        assert list(stopped_jobs(me, me)) == [child]
+        os.kill(grandchild, signal.SIGSTOP)
+        end = time.monotonic() + _LIMIT
+        while list(stopped_jobs(me, me)) != [child, grandchild]:
+            assert time.monotonic() < end
+        os.kill(-child, signal.SIGCONT)
+        while list(stopped_jobs(me, me)):
+            assert time.monotonic() < end
+    finally:
+        os.kill(-child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ours)
+        os.close(theirs)
+    assert list(stopped_jobs(child, child)) == []
 
 
 def test_a_thread_is_told_apart_from_its_process() -> None:
