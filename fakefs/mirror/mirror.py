@@ -230,7 +230,7 @@ class Mirror:
             case Signal():
                 await self._delivery.send(record)
             case EventOpen():
-                await self._answer(record, self._events.open(record))
+                await self._answer(record, self._open(record))
             case EventControl():
                 await self._answer(record, self._events.control(record))
             case EventMap():
@@ -249,6 +249,12 @@ class Mirror:
     async def uprobes_changed(self, tid: int) -> None:
         """Return when the programs of the host will hit the uprobes that there are now."""
         await self._sites.changed(tid)
+
+    async def _open(self, record: EventOpen) -> EventAnswer:
+        """Open an event; one of a uprobe registers that."""
+        answer = await self._events.open(record)
+        await self._sites.changed(record.tid)
+        return answer
 
     async def _answer(self, record: EventOpen | EventControl | EventMap, made: Awaitable[EventAnswer]) -> None:
         """Have a call end that waits for what it comes to, whatever becomes of that."""

@@ -8,6 +8,7 @@ from tests.mount.conftest import Run
 from tests.mount.mirrored import GUEST
 from tests.mount.perf_client import client
 from tests.mounted import PATIENCE
+from tests.uprobes import Program
 
 pytestmark = pytest.mark.usefixtures("host_unchanged")
 
@@ -72,6 +73,23 @@ print([name for name in os.listdir("/sys/kernel/tracing") if "perf" in name])
         "ENOTTY EINVAL",
         "EINVAL none EINVAL EPERM []",
     ]
+
+
+def test_a_uprobe(mirrored: Run, dynamic: Program) -> None:
+    """Opening an event of it registers it, with no file written to: programs hit it from then on, and not after."""
+    done = mirrored(
+        f"echo 'p:add {dynamic.at('add')}' > /sys/kernel/tracing/uprobe_events\n"
+        + client(f"""
+program = "{dynamic.path}", "abc", "de"
+child(*program)
+fd = opened("uprobes/add", bits=INHERIT)
+child(*program)
+print(count(fd), flush=True)
+os.close(fd)
+child(*program)
+""")
+    )
+    assert (done.stderr, done.stdout) == ("", "5\n5\n2\n5\n")
 
 
 def test_pages_that_the_host_drops(mirrored: Run) -> None:
