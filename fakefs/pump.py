@@ -4,10 +4,11 @@ One thread does everything. A call first runs the guest at once, in place, until
 100 us and no task switch. What takes longer (or blocks in the guest) is carried on by `Pump.run()` in slices that end
 as soon as a FUSE request waits. An idle guest costs nothing: the pump sleeps until the guest's next timer.
 
-Virtual time: in real-time mode it follows the host's monotonic clock whenever the guest is idle; in deterministic
-mode it stands still between requests and jumps to the next timer while one that `holds_clock` is under way. There the
-guest must not notice when the host does something: requests are made one after the other (`turn`), and once the guest
-runs it runs until it is idle, whoever waits. Who does several things at once `attends` it, and says when it goes on.
+Virtual time: in real-time mode it follows the host's monotonic clock whenever the guest is idle, less what it was far
+behind by then; in deterministic mode it stands still between requests and jumps to the next timer while one that
+`holds_clock` is under way. There the guest must not notice when the host does something: requests are made one after
+the other (`turn`), and once the guest runs it runs until it is idle, whoever waits. Who does several things at once
+`attends` it, and says when it goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _IN_PLACE = 1_000_000
 _SLICE = 10_000_000
 # Deterministic: virtual ns a guest may go on by itself after a request, before the next one finds it busy.
 _SETTLE = 100_000_000
+# Virtual ns the clock of an idle guest may be moved past its next timer. One that is 10 s late is a lock-up to its
+# watchdog.
+_CATCH_UP = 1_000_000_000
 # Host seconds a task stays at its hypercall after a call: cat's next request comes within this, and needs no wake-up.
 _GRACE = 0.0005
 
@@ -254,11 +258,17 @@ class Pump:
         return time.monotonic_ns() - self._epoch
 
     def _follow_host(self) -> None:
-        """An idle guest's clock catches up with the host's; a busy one's runs by its own instructions."""
+        """An idle guest's clock catches up with the host's; a busy one's runs by its own instructions.
+
+        What it has fallen far behind while it was busy, or this process was stopped, is left out for good.
+        """
         if not self.deterministic and self._idle:
-            now = self._host_now()
-            if now > self.machine.cpu.now:
-                self.machine.cpu.now = now
+            cpu, now = self.machine.cpu, self._host_now()
+            if now - cpu.now > _CATCH_UP and (event := self.machine.next_event()) is not None:
+                latest = max(event, cpu.now) + _CATCH_UP
+                self._epoch += max(now - latest, 0)
+                now = min(now, latest)
+            cpu.now = max(cpu.now, now)
 
     # ---- the end
 

@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from fakefs import mountpoint
 from fakefs.testbed import Tracefs
 from tests.mount.golden_cases import errnos
@@ -67,6 +69,18 @@ def test_a_panic_ends_waiting_readers(tracefs: Tracefs) -> None:
     assert errnos(after.stderr) == ["EIO"], after
     assert "Kernel panic - not syncing: sysrq triggered crash" in fakefs("console", tracefs.path).stdout
     assert "panic" in str(tracefs.status()["dead"])
+
+
+@pytest.mark.slow
+def test_everything_traced_at_once(tracefs: Tracefs) -> None:
+    """The host gets far ahead of such a guest's clock, which may not be moved on so far that its watchdog bites."""
+    tracefs.write("current_tracer", "function_graph")
+    for _ in range(3):
+        tracefs.write("events/enable", "1")
+        tracefs.guest("sleep 0.1")
+        tracefs.write("events/enable", "0")
+    assert tracefs.status()["dead"] is None
+    assert "soft lockup" not in tracefs.console()
 
 
 def test_a_looping_guest_still_answers(tracefs: Tracefs) -> None:
