@@ -11,20 +11,17 @@ import errno
 import signal
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
 from emulator.agent import DATA_SIZE, Call, Request
+from fakefs.mirror.mirrored import Blocked, Ending, Mirrored, Returned
 from fakefs.mirror.signals import has, is_stopped
 from fakefs.mirror.sleepers import Sleepers
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys
-
-if TYPE_CHECKING:
-    from fakefs.mirror.processes import Mirrored
 
 LASTING = DATA_SIZE - 0x1000
 LASTING_SIZE = 0xC00
@@ -33,24 +30,6 @@ _OVERSLEEP = 0.1  # host seconds a guest's sleep may be behind the host's
 _BUSY = 0.1  # host seconds a guest that is never idle gets for a call before that counts as blocked
 _STOPPING = 1.0  # host seconds after which a process that was sent SIGSTOP has stopped
 _TIMESPEC = struct.Struct("<qq")
-
-
-Ending = Callable[[], Awaitable[None]]
-Returned = Callable[[list[int]], None]
-
-
-class Blocked(NamedTuple):
-    """A call that was begun. `until`: the host's monotonic time at which it is over, if it does not wait for ever.
-
-    `ending` does in the guest what has ended the call on the host, as far as that can be said. `returned` is told of
-    the results.
-    """
-
-    request: Request
-    calls: Sequence[Call]
-    until: float | None
-    ending: Ending | None = None
-    returned: Returned | None = None
 
 
 class Blocking:

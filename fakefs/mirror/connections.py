@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from fakefs.mirror.blocking import LASTING
 from fakefs.mirror.calls import BY_NUMBER
 from fakefs.mirror.endpoints import parse_name
-from fakefs.mirror.processes import Mirrored, OpenFile, Unclaimed
+from fakefs.mirror.mirrored import Mirrored, OpenFile, Unclaimed
 from fakefs.mirror.records import PathArgument, Plain, Used
 from fakefs.shadow import Shadows
 from fakefs.syscalls import Sys

@@ -13,7 +13,8 @@ import struct
 from contextlib import nullcontext
 
 from emulator.agent import Call
-from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.mirrored import Mirrored
+from fakefs.mirror.processes import Processes
 from fakefs.mirror.records import Handled, Signal, Stopped
 from fakefs.mirror.signals import has
 from fakefs.mirror.sleepers import INTERRUPT, Sleepers

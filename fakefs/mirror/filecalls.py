@@ -14,7 +14,8 @@ from emulator.agent import CALL_AFTER, Call
 from fakefs.mirror.calls import BY_NUMBER, NUMBER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
 from fakefs.mirror.inodes import Inode
-from fakefs.mirror.processes import Mirrored, Processes, kind_of_file
+from fakefs.mirror.mirrored import Mirrored, kind_of_file
+from fakefs.mirror.processes import Processes
 from fakefs.mirror.queue import Looks
 from fakefs.mirror.records import Entry, Files
 from fakefs.shadow import Shadows

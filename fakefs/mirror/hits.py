@@ -18,8 +18,9 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from emulator.agent import CALL_AFTER, CALL_COPY, CALL_ENTER, WINDOW_VIRTUAL, Agent, Call, Task
+from fakefs.mirror.mirrored import Mirrored
 from fakefs.mirror.probesites import ProbeSites, shown_at
-from fakefs.mirror.processes import KEPT, Mirrored, Processes
+from fakefs.mirror.processes import KEPT, Processes
 from fakefs.mirror.records import Hit, Returns, Site
 from fakefs.mirror.trampoline import RETURN, SAVED
 from fakefs.shadow import Shadows

@@ -23,8 +23,9 @@ from fakefs.mirror.guestpaths import GuestPaths
 from fakefs.mirror.hits import Hits
 from fakefs.mirror.inodes import InodeFacts, Inodes
 from fakefs.mirror.launch import Recording
+from fakefs.mirror.mirrored import Mirrored
 from fakefs.mirror.probesites import ProbeSites
-from fakefs.mirror.processes import Mirrored, Processes
+from fakefs.mirror.processes import Processes
 from fakefs.mirror.queue import Died, Looks, Queue
 from fakefs.mirror.records import (
     PACKET_MAX,

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fakefs.mirror.processes import Mirrored
+from fakefs.mirror.mirrored import Mirrored
 from fakefs.mirror.records import Birth, Entry, Files, Handled, Program, Record, Signal, Transfer, looks
 
 _MOST = 32

@@ -28,14 +28,12 @@ from fakefs.mirror.hostpaths import HostPaths, NotMirrored
 from fakefs.mirror.notes import Note, Notes, Progress, State
 from fakefs.mirror.outcomes import Outcomes
 from fakefs.mirror.records import (
-    PACKET_MAX,
     Birth,
     Descriptors,
     EventAnswer,
     Exit,
     Files,
     Mark,
-    Message,
     Name,
     Plain,
     Program,
@@ -43,13 +41,11 @@ from fakefs.mirror.records import (
     Sleep,
     Transfer,
     Wait,
-    decode,
-    encode,
-    packet,
 )
 from fakefs.mirror.seccomp import Notification, read_memory
 from fakefs.mirror.sigframe import Frame
 from fakefs.mirror.signals import Signals, asked, pid_behind
+from fakefs.mirror.todaemon import Daemon
 from fakefs.mirror.uprobes import Uprobes
 from fakefs.perf.requests import EventCalls, Held, Refused
 
@@ -98,8 +94,7 @@ class Recorder:
         self._notes = notes
         self._listener = notes.listener
         self._progress = progress
-        self._daemon: socket.socket | None = daemon
-        self._told = daemon.fileno()
+        self._daemon = Daemon(daemon, progress)
         self._paths = paths
         self._uprobes = uprobes
         self._endpoints = Endpoints()
@@ -108,10 +103,6 @@ class Recorder:
         self._arguments = Arguments(paths)
         self._outside = outside
         self._level = level
-        self._outgoing: list[bytes] = []  # what the daemon is told next
-        self._size = 0  # bytes
-        self._handled = 0  # calls of which that is
-        self._marks: list[Mark] = []
         self._threads: dict[int, Thread] = {}
         self._programs: dict[int, _Execve] = {}  # what a thread has asked execve(2) for
         self._events = EventCalls(self._listener, tracefs, self._unseen, progress.hold)
@@ -142,11 +133,11 @@ class Recorder:
         """Serve for ever."""
         ready = select.poll()
         ready.register(self._notes, select.POLLIN)
-        ready.register(self._told, select.POLLIN)
+        ready.register(self._daemon, select.POLLIN)
         while True:
             events = dict(ready.poll())
-            if events.get(self._told, 0) and not self._take():
-                ready.unregister(self._told)
+            if events.get(self._daemon.fileno(), 0) and not self._take():
+                ready.unregister(self._daemon)
                 self._events.abandon()
             if events.get(self._notes.fileno(), 0):
                 try:
@@ -156,7 +147,7 @@ class Recorder:
                     pass
                 except EOFError:
                     ready.unregister(self._notes)  # the last program has ended: as with it, nothing is left to do
-            self._flush()
+            self._daemon.flush()
 
     def _handle(self, note: Note) -> None:
         """Record a call, and let it go on."""
@@ -166,7 +157,7 @@ class Recorder:
             refusal: int | None = 0
             try:
                 frame = self._leave(call)
-                if self._daemon is not None and call.tid > 0:
+                if self._daemon.listens and call.tid > 0:
                     refusal = self._note(note, frame)
                     self._notes.trust(call.tid, trusted=call.tid in self._threads and call.tid not in self._programs)
             finally:
@@ -175,27 +166,22 @@ class Recorder:
                 elif refusal == 0:
                     self._listener.proceed(call.id)
                 self._progress.take(0)
-        elif note.state is State.GOES_ON and self._daemon is not None:
+        elif note.state is State.GOES_ON and self._daemon.listens:
             self._note(note)
-        self._handled += 1
+        self._daemon.handled += 1
 
     def _take(self) -> bool:
         """Take in what the daemon tells; False when it is gone."""
-        try:
-            received = b"" if self._daemon is None else self._daemon.recv(PACKET_MAX)
-        except OSError:
-            return False
-        if not received:
-            return False
-        for message in decode(received):
+        messages = self._daemon.take()
+        for message in messages or ():
             if isinstance(message, Mark):
-                self._marks.append(message)
+                self._daemon.mark(message)
             elif isinstance(message, EventAnswer):
                 self._events.answer(message)
             elif (placed := self._uprobes.take(message)) is not None:
                 self._notes.hold(held=self._uprobes.wanted)
-                self._tell(placed)
-        return True
+                self._daemon.tell(placed)
+        return messages is not None
 
     def _leave(self, notification: Notification) -> Frame | None:
         if notification.number != sigframe.RT_SIGRETURN:
@@ -227,35 +213,8 @@ class Recorder:
                 self._record(record)
         return refusal
 
-    def _tell(self, message: Message) -> None:
-        """Have the daemon told, with what comes next."""
-        encoded = encode(message)
-        if self._size + len(encoded) > PACKET_MAX - 2:
-            self._send()
-        if len(encoded) <= PACKET_MAX - 2:
-            self._outgoing.append(encoded)
-            self._size += len(encoded) + 1
-
-    def _send(self) -> None:
-        if self._outgoing and self._daemon is not None:
-            try:
-                self._daemon.send(packet(self._outgoing))
-            except OSError:
-                self._daemon = None
-        self._outgoing.clear()
-        self._size = 0
-
-    def _flush(self) -> None:
-        """Tell the daemon of all that was recorded."""
-        self._send()
-        self._progress.count(self._handled)
-        self._handled = 0
-        while self._marks and self._marks[0].noted <= self._progress.done:
-            self._tell(self._marks.pop(0))
-        self._send()
-
     def _record(self, record: Record) -> None:
-        self._tell(record)
+        self._daemon.tell(record)
         match record:
             case Files(paths=paths):
                 for path in paths:

@@ -12,7 +12,7 @@ from emulator.agent import SINK_SIZE, SLOT_DATA, WINDOW_FD, WINDOW_VIRTUAL, Call
 from fakefs.mirror.blocking import LASTING, LASTING_SIZE
 from fakefs.mirror.filecalls import ANSWER, ANSWER_SIZE
 from fakefs.mirror.layout import Room
-from fakefs.mirror.processes import Mirrored
+from fakefs.mirror.mirrored import Mirrored
 from fakefs.pump import Pump
 from fakefs.syscalls import Sys
 

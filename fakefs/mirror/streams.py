@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from emulator.agent import OTHER_ROOT
 from fakefs.mirror.guestpaths import Wish, place
-from fakefs.mirror.processes import Mirrored
+from fakefs.mirror.mirrored import Mirrored
 from fakefs.mirror.records import PathArgument
 from fakefs.shadow import Shadows
 from fakefs.syscalls import AT_FDCWD, Sys

@@ -21,7 +21,8 @@ from fakefs.mirror.connections import F_SETFL, Connections, is_socket, kind_of
 from fakefs.mirror.filecalls import ANSWER
 from fakefs.mirror.guestpaths import GuestPaths, Wish, batches, place
 from fakefs.mirror.layout import Layout, buffers_size
-from fakefs.mirror.processes import Mirrored, OpenFile, Processes, kind_of_file
+from fakefs.mirror.mirrored import Mirrored, OpenFile, kind_of_file
+from fakefs.mirror.processes import Processes
 from fakefs.mirror.records import Descriptors, Opened, Plain, Transfer, Used
 from fakefs.mirror.rooms import Rooms
 from fakefs.mirror.streams import Streams, is_stream
