@@ -95,9 +95,10 @@ class Blocking:
                 await self._pump.finish(shadow.blocked.request)
 
     async def rest(self, shadow: Mirrored) -> None:
-        """Return when the guest has done all that it can for now."""
-        blocked = shadow.blocked
-        await self._rest(Request([]) if blocked is None else blocked.request)
+        """Run the guest, and return when it has done all that it can for now."""
+        request = Request([]) if shadow.blocked is None else shadow.blocked.request
+        self._pump.go_on(request)
+        await self._rest(request)
 
     async def _rest(self, request: Request) -> None:
         with trio.move_on_after(_BUSY):

@@ -98,9 +98,9 @@ class Delivery:
         if shadow is None or self._processes.blocking.is_stopped(shadow.tgid):
             return
         number = next((each for each in _STOPS if has(self._sleepers.pending(shadow.task), each)), signal.SIGTSTP)
+        await self._send(shadow, number, _siginfo(Handled(shadow.tid, number, [])))
         with self._sleepers.open_to(shadow.task, number, caught=False) as reached:
             if reached:
-                await self._send(shadow, number, _siginfo(Handled(shadow.tid, number, [])))
                 await self._processes.blocking.rest(shadow)
         self._processes.blocking.stopped(shadow.tgid)
 
